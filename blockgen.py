@@ -1,0 +1,429 @@
+"""BlockGen: one transformer that is an autoregressive model at block size 1 and a block diffusion model at any other.
+
+The whole model, in the order in which it is used:
+  random numbers   counters, not state: a draw depends on its key alone, so batches, processes and resumption cannot change it
+  noise            masked and uniform: corrupt, the likelihood bound, the reverse step (exact, and sampled)
+  transformer      pre-LN, rotary; trained on [clean | noisy] in one pass, sampled from one KV cache
+  loss             one noise level a block, exact cross-entropy at block size 1
+  checkpoints      ours
+
+Notation: N rows, L = seq_len, S = block_size, V = vocab_size, K embedding rows (V, and a mask for masked noise), x0 clean tokens, xt
+noisy ones, t in (0, 1] the noise level, alpha(t) the probability that a token is still clean. Losses are nats per token.
+
+BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM, arXiv 2503.09573.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from kernels import block_attention, denoise_view, train_view, verify_view
+
+
+@dataclass
+class Config:
+    vocab_size: int = 1024  # V, the data's tokens
+    seq_len: int = 256  # L, the longest sequence
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    noise: str = "masked"  # or "uniform"
+    token_causal: bool = True  # clean tokens see the clean tokens up to themselves; False: to the end of their block
+    tied: bool = True  # the head is the embedding
+    noisy_gain: float = 0.1  # where the learned gain on the embeddings of noisy tokens starts
+    schedule: str = "linear"  # of alpha(t); or "cosine"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if self.noise not in NOISES or self.schedule not in SCHEDULES:
+            raise ValueError(f"noise must be one of {', '.join(NOISES)}, schedule one of {', '.join(SCHEDULES)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers that depend on a key alone
+
+
+def scramble(x):
+    """A bijection of the 64-bit integers without visible pattern: SplitMix64's finalizer (Steele et al. 2014)."""
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # int64 wraps around; the & makes the shift unsigned
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def uniform(*key, device=None):
+    """Uniform float64 numbers in [0, 1), a function of the key: ints or integer tensors, which broadcast.
+
+    uniform(seed, rows[:, None], positions) is (N, L), and row 3 is the same whichever rows stand beside it."""
+    x = torch.zeros((), dtype=torch.int64, device=device)
+    for part in key:
+        x = scramble(x + part - 7046029254386353131)
+    return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+
+def draw(probs, u):
+    """Sample from probs (..., V), which need not be normalized, by inverse CDF in float64; u (...) in [0, 1) -> (...)."""
+    cdf = probs.double().cumsum(-1)
+    index = torch.searchsorted(cdf, (u * cdf[..., -1])[..., None].contiguous(), right=True)
+    return index[..., 0].clamp(max=probs.shape[-1] - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise: how tokens are corrupted, what the network is charged for, how to step back
+
+
+def linear(t):
+    """alpha(t) = 1 - t, and its derivative."""
+    return 1 - t, torch.full_like(t, -1.0)
+
+
+def cosine(t):
+    """alpha(t) = 1 - cos(pi/2 (1 - t)), and its derivative."""
+    angle = math.pi / 2 * (1 - t)
+    return 1 - torch.cos(angle), -math.pi / 2 * torch.sin(angle)
+
+
+def cross_entropy(logits, x0):
+    """-log p(x0) in nats, (...) from logits (..., V), in float32 at least: a bfloat16 softmax does not sum to 1."""
+    return F.cross_entropy(logits.float().flatten(0, -2), x0.flatten(), reduction="none").view_as(x0)
+
+
+class MaskedNoise:
+    """Absorbing noise: a token survives with probability alpha, else becomes the mask (MDLM, arXiv 2406.07524)."""
+
+    def __init__(self, vocab_size):
+        self.vocab_size, self.mask, self.n_embeddings = vocab_size, vocab_size, vocab_size + 1
+
+    def prior(self, shape, device=None, u=None):
+        """Pure noise: all masks."""
+        return torch.full(shape, self.mask, dtype=torch.int64, device=device)
+
+    def corrupt(self, x0, alpha, u=None):
+        """xt given x0, with alpha (broadcasts) and one uniform number a token."""
+        u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) if u is None else u
+        return torch.where(u < alpha, x0, self.mask)
+
+    def charged(self, xt):
+        """Where the loss can be other than zero."""
+        return xt == self.mask
+
+    def nelbo(self, logits, x0, xt, alpha, dalpha):
+        """-alpha' / (1 - alpha) [xt = mask] (-log p(x0)), nats (...): MDLM, eq. 10, in continuous time."""
+        return -dalpha / (1 - alpha) * (xt == self.mask) * cross_entropy(logits, x0)
+
+    def posterior(self, probs, xt, alpha_s, alpha_t):
+        """p(xs | xt) (..., K) for alpha_s > alpha_t, if x0 ~ probs (..., V): a mask is revealed or stays, others stay."""
+        reveal = (alpha_s - alpha_t) / (1 - alpha_t)
+        masked = torch.cat([probs * reveal, torch.full_like(probs[..., :1], 1 - reveal)], -1)
+        return torch.where((xt == self.mask)[..., None], masked, F.one_hot(xt, self.n_embeddings).to(probs))
+
+    def step(self, probs, xt, alpha_s, alpha_t, u=None):
+        """A draw from the posterior with one uniform number a token, without forming it."""
+        u = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) if u is None else u
+        reveal = (alpha_s - alpha_t) / (1 - alpha_t)
+        return torch.where((xt == self.mask) & (u < reveal), draw(probs, (u / reveal).clamp(max=1 - 2**-53)), xt)
+
+
+class UniformNoise:
+    """A token survives with probability alpha, else becomes any of the V tokens, perhaps itself (Duo, arXiv 2506.10892)."""
+
+    def __init__(self, vocab_size):
+        self.vocab_size, self.mask, self.n_embeddings = vocab_size, None, vocab_size
+
+    def prior(self, shape, device=None, u=None):
+        """Pure noise: uniformly random tokens."""
+        u = torch.rand(shape, dtype=torch.float64, device=device) if u is None else u
+        return (u * self.vocab_size).long().expand(shape)
+
+    def corrupt(self, x0, alpha, u=None):
+        """xt given x0, with alpha (broadcasts) and one uniform number a token."""
+        u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) if u is None else u
+        rest = ((u - alpha) / (1 - alpha)).clamp(0, 1 - 2**-53)  # uniform again, given that the token did not survive
+        return torch.where(u < alpha, x0, (rest * self.vocab_size).long())
+
+    def charged(self, xt):
+        """Where the loss can be other than zero: everywhere."""
+        return torch.ones_like(xt, dtype=torch.bool)
+
+    def nelbo(self, logits, x0, xt, alpha, dalpha):
+        """The bound of UDLM (arXiv 2412.10193) and Duo, nats (...). With i = xt, xbar = V alpha onehot(x0) + 1 - alpha and
+        pbar = V alpha p + 1 - alpha it is the divergence between the true and the modeled rates of jumping back,
+        -alpha' / (V alpha) [ sum_j xbar_j / xbar_i log(pbar_i xbar_j / (pbar_j xbar_i)) - V / xbar_i + V / pbar_i ].
+        log1p keeps every term accurate as alpha goes to 0, where the bracket vanishes like alpha."""
+        V, alpha = self.vocab_size, alpha.clamp(min=1e-6)
+        p = logits.float().softmax(-1)
+        log_pbar = torch.log1p(alpha[..., None] * (V * p - 1))  # (..., V)
+        at = lambda x, i: x.gather(-1, i[..., None])[..., 0]
+        hit = (x0 == xt).to(p.dtype)
+        log_on, log_off = torch.log1p(alpha * (V - 1)), torch.log1p(-alpha)  # log xbar at x0, and elsewhere
+        xbar, log_xbar = torch.where(x0 == xt, 1 + alpha * (V - 1), 1 - alpha), torch.where(x0 == xt, log_on, log_off)
+        difference = V * V * alpha * (at(p, xt) - hit) / (xbar * at(log_pbar, xt).exp())  # V / xbar_i - V / pbar_i
+        # sum_j xbar_j log(xbar_j / pbar_j): V alpha of the weight lies on x0, 1 - alpha on every token
+        divergence = V * alpha * (log_on - at(log_pbar, x0)) + (1 - alpha) * (log_on + (V - 1) * log_off - log_pbar.sum(-1))
+        total = (V * (at(log_pbar, xt) - log_xbar) + divergence) / xbar
+        return -dalpha / (V * alpha) * (total - difference)
+
+    def posterior(self, probs, xt, alpha_s, alpha_t):
+        """p(xs | xt) (..., V) for alpha_s > alpha_t, if x0 ~ probs (..., V)."""
+        keep, fresh, random = self.mixture(probs, xt, alpha_s, alpha_t)
+        kept = keep[..., None] * F.one_hot(xt, self.vocab_size)
+        return (kept + fresh * probs + random / self.vocab_size) / (keep + fresh + random)[..., None]
+
+    def mixture(self, probs, xt, alpha_s, alpha_t):
+        """The posterior is a mixture: keep xt, draw from probs, draw uniformly. Its three weights, not normalized."""
+        ratio = alpha_t / alpha_s
+        keep = self.vocab_size * alpha_t * probs.gather(-1, xt[..., None])[..., 0] + ratio - alpha_t
+        return keep, alpha_s - alpha_t, (1 - ratio) * (1 - alpha_s)
+
+    def step(self, probs, xt, alpha_s, alpha_t, u=None):
+        """A draw from the posterior with one uniform number a token: it picks a part of the mixture, what is left of it the token."""
+        u = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) if u is None else u
+        keep, fresh, random = self.mixture(probs.double(), xt, alpha_s, alpha_t)
+        u = u * (keep + fresh + random)
+        inside = lambda begin, width: ((u - begin) / max(width, 1e-300)).clamp(0, 1 - 2**-53)
+        token = torch.where(u < keep + fresh, draw(probs, inside(keep, fresh)), (inside(keep + fresh, random) * self.vocab_size).long())
+        return torch.where(u < keep, xt, token)
+
+
+NOISES = {"masked": MaskedNoise, "uniform": UniformNoise}
+SCHEDULES = {"linear": linear, "cosine": cosine}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+
+@dataclass
+class Cache:
+    """Keys and values of committed tokens, preallocated. The slots behind a row's length are scratch for the tokens of
+    a pass; committing them is moving the length."""
+
+    keys: torch.Tensor  # (layers, N, H, slots, D)
+    values: torch.Tensor
+    length: torch.Tensor  # (N,) committed tokens a row
+
+    def write(self, layer, k, v):
+        """Put k and v (N, H, Q, D) behind the committed ones; return all slots of the layer (N, H, slots, D)."""
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        slot = self.length[:, None] + torch.arange(k.shape[2], device=k.device)  # (N, Q)
+        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
+            store[row, :, slot] = new.transpose(1, 2).to(store.dtype)  # (N, Q, H, D)
+        return self.keys[layer], self.values[layer]
+
+
+def rotate(x, angles):
+    """Rotary positions (RoFormer, arXiv 2104.09864), half-split. x (N, H, Q, D), angles (Q, D / 2) or (N, 1, Q, D / 2)."""
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.n_embd
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.norm1 = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.norm2 = nn.LayerNorm(d)
+        self.mlp_in = nn.Linear(d, 4 * d)
+        self.mlp_out = nn.Linear(4 * d, d)
+
+    def forward(self, x, angles, view, layer, cache):
+        N, Q, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(N, Q, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (N, H, Q, D) each
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+            q = q.to(k.dtype)
+        o = block_attention(q, k, v, view).transpose(1, 2).reshape(N, Q, d)
+        x = x + F.dropout(self.attn_out(o), self.dropout, self.training)
+        h = F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh")
+        return x + F.dropout(self.mlp_out(h), self.dropout, self.training)
+
+
+class BlockGen(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.noise = config, NOISES[config.noise](config.vocab_size)
+        d, head_size = config.n_embd, config.n_embd // config.n_head
+        self.embedding = nn.Embedding(self.noise.n_embeddings, d)
+        self.noisy_gain = nn.Parameter(torch.tensor(config.noisy_gain))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, config.vocab_size)
+        frequency = 10000 ** -(torch.arange(0, head_size, 2) / head_size)
+        # twice the length, because a draft may run over the end before it is cut
+        self.register_buffer("angles", torch.arange(2 * config.seq_len)[:, None] * frequency, persistent=False)  # (2 L, D / 2)
+        self.initialize()
+
+    def initialize(self):
+        """Unit-variance inputs and outputs; residual branches scaled down with depth, as in GPT-2."""
+        d = self.config.n_embd
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
+                nn.init.normal_(p, std=(0.5 if not residual else 0.5 / math.sqrt(2 * self.config.n_layer)) * p.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        nn.init.normal_(self.embedding.weight, std=d**-0.5 if self.config.tied else 1)
+        if not self.config.tied:
+            nn.init.zeros_(self.head.weight)
+        else:
+            del self.head.weight
+
+    def trunk(self, tokens, n_clean, positions, view, cache=None):
+        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) or (N, 1, Q) -> states (N, Q, d) for the head."""
+        x = self.embedding(tokens) * (math.sqrt(self.config.n_embd) if self.config.tied else 1)
+        noisy = torch.arange(tokens.shape[1], device=tokens.device)[:, None] >= n_clean
+        x = torch.where(noisy, x * self.noisy_gain, x)
+        angles = self.angles[positions]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, angles, view, layer, cache)
+        return self.norm(x)
+
+    def logits(self, states):
+        """(..., d) -> (..., V)"""
+        weight = self.embedding.weight[: self.config.vocab_size] if self.config.tied else self.head.weight
+        return F.linear(states, weight, self.head.bias)
+
+    def hidden(self, x0, xt, block_size):
+        """States of the noisy half, (N, L, d): every block of xt in the light of the clean blocks before it."""
+        L = x0.shape[1]
+        view = train_view(L, block_size, self.config.token_causal, x0.device)
+        positions = torch.arange(L, device=x0.device).repeat(2)
+        return self.trunk(torch.cat([x0, xt], 1), L, positions, view)[:, L:]
+
+    def forward(self, x0, xt, block_size):
+        """Clean x0 and noisy xt (N, L), block_size an int or (N,) -> logits (N, L, V) of x0 at every noisy position."""
+        return self.logits(self.hidden(x0, xt, block_size))
+
+    def new_cache(self, n_rows, length=None):
+        """An empty cache for n_rows rows of up to length tokens (seq_len), with as many scratch slots."""
+        c, like = self.config, self.head.bias
+        shape = (c.n_layer, n_rows, c.n_head, 2 * (length or c.seq_len), c.n_embd // c.n_head)
+        autocast = torch.is_autocast_enabled(like.device.type)
+        dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
+        keys, values = (torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2))
+        return Cache(keys, values, torch.zeros(n_rows, dtype=torch.int64, device=like.device))
+
+    def denoise(self, xt, cache, commit=None, block_size=None):
+        """Logits (N, n, V) of a noisy block xt (N, n) behind the cache. The same pass first commits clean tokens (N, c) to it.
+
+        block_size matters to a block-causal model alone: how the committed tokens fall into blocks (default: one block)."""
+        commit = xt[:, :0] if commit is None else commit
+        c, n = commit.shape[1], xt.shape[1]
+        block_size = None if self.config.token_causal else block_size or c or 1
+        positions = cache.length[:, None, None] + torch.arange(c + n, device=xt.device)  # (N, 1, c + n)
+        view = denoise_view(cache.length, c, n, block_size)
+        states = self.trunk(torch.cat([commit, xt], 1), c, positions, view, cache)
+        cache.length = cache.length + c
+        return self.logits(states[:, c:])
+
+    def verify(self, x, cache, noise=None):
+        """AR logits (N, n, V) of proposed tokens x (N, n) in one pass: row i is p(x_i | cache, x_<i), read from a noise token
+        at the position of x_i (noise (N, n): which; default a fresh draw). The keys and values of x are left in the
+        slots behind the cache: to accept the first k tokens, add k to cache.length."""
+        n = x.shape[1]
+        noise = self.noise.prior(x.shape, x.device) if noise is None else noise
+        positions = cache.length[:, None, None] + torch.arange(n, device=x.device).repeat(2)  # (N, 1, 2n)
+        states = self.trunk(torch.cat([x, noise], 1), n, positions, verify_view(cache.length, n), cache)
+        return self.logits(states[:, n:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def noise_levels(u, row, block_size, length, t_min=1e-3):
+    """A noise level for each block, stratified over all blocks of a batch: t (N, L), constant in a block.
+
+    A row with B blocks takes one level from each of B strata, at the place in the stratum that row (N,) in [0, 1) says,
+    so that rows 0/N, 1/N, ... tile [0, 1). u: (N, 2) numbers, u[:, 0] (shared by the batch) shifts the levels, u[:, 1] turns each row's strata."""
+    size = block_size[:, None]
+    n_blocks = (length + size - 1) // size  # (N, 1)
+    block = torch.arange(length, device=size.device) // size + (u[:, 1:] * n_blocks).long()
+    level = (u[:, :1] + (block + row[:, None]) / n_blocks) % 1  # (N, L)
+    return t_min + (1 - t_min) * level
+
+
+def token_losses(model, x0, block_size, t, u, objective="nelbo", chunk=2**25):
+    """Nats per token, (N, L): corrupt, predict, charge.
+
+    x0 (N, L), block_size (N,), noise level t (N, L), u (N, L) uniform numbers. Rows of block size 1 get pure noise and plain
+    cross-entropy: the exact autoregressive likelihood. objective: "nelbo", or "ce", masked noise without the weight.
+    The head runs only where there is something to charge, in parts of at most `chunk` logits, which bounds the memory."""
+    noise = model.noise
+    alpha, dalpha = SCHEDULES[model.config.schedule](t)
+    ar = (block_size == 1)[:, None].expand_as(x0)
+    alpha = torch.where(ar, 0.0, alpha)
+    xt = noise.corrupt(x0, alpha, u)
+    where = noise.charged(xt)
+    states = model.hidden(x0, xt, block_size)[where]  # (M, d)
+
+    def charge(states, x0, xt, alpha, dalpha, ar):
+        logits = model.logits(states)
+        ce = cross_entropy(logits, x0)
+        return ce if objective == "ce" else torch.where(ar, ce, noise.nelbo(logits, x0, xt, alpha, dalpha))
+
+    rows = max(1, chunk // model.config.vocab_size)
+    parts = list(zip(*(x.split(rows) for x in (states, x0[where], xt[where], alpha[where].float(), dalpha[where].float(), ar[where]))))
+    if len(parts) > 1 and torch.is_grad_enabled():  # keep the states, not the logits: backward computes them again
+        losses = [checkpoint(charge, *part, use_reentrant=False) for part in parts]
+    else:
+        losses = [charge(*part) for part in parts]
+    return torch.zeros(x0.shape, device=x0.device).masked_scatter(where, torch.cat(losses) if losses else states[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path, **content):
+    """Write atomically: a crash leaves the old file or the new one, never half of either."""
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The raw dict of a checkpoint of ours. Raises ValueError (no checkpoint) or OSError (no such file)."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint (python train.py makes one)")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)  # weights_only: loading cannot run code
+        assert {"config", "model"} <= content.keys()
+    except Exception as error:
+        raise ValueError(f"{path} is not a BlockGen checkpoint, or is damaged ({type(error).__name__})") from None
+    return content
+
+
+def load_checkpoint(path, device="cpu"):
+    """(model in evaluation mode, everything else in the file). Averaged weights are taken where the file has them."""
+    content = read_checkpoint(path, device)
+    model = BlockGen(Config(**content["config"]))
+    load_weights(model, content.get("ema") or content["model"], path)
+    return model.to(device).eval(), {k: v for k, v in content.items() if k not in ("model", "ema", "optimizers")}
+
+
+def load_weights(model, weights, path):
+    """load_state_dict, but what does not fit is one line (ValueError)."""
+    own = model.state_dict()
+    wrong = [f"missing {k}" for k in own.keys() - weights.keys()] + [f"unexpected {k}" for k in weights.keys() - own.keys()]
+    wrong += [f"{k} has shape {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
+              for k in own.keys() & weights.keys() if weights[k].shape != own[k].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit the model: {', '.join(sorted(wrong))}")
+    model.load_state_dict(weights)

@@ -1,0 +1,316 @@
+"""Generate text, block by block, from a checkpoint.
+
+    python sample.py                                     # out/ckpt.pt, ancestral sampling, one sample
+    python sample.py --sampler=ar                        # the same weights, one token at a time
+    python sample.py --sampler=arpc --steps=8            # diffusion proposes a block, the AR side sends its worst tokens back
+    python sample.py --sampler=speculative               # diffusion drafts, the AR side verifies: exactly AR samples, fewer passes
+    python sample.py --prompt="Return the" --num_samples=4 --watch
+    python sample.py --template="Return the ____ of the ____."   # a run of k > 1 underscores is a hole of k tokens
+
+One loop over blocks (`generate`); each sampler is one function that fills a block, or for `speculative` the whole
+sequence. A draw depends on (seed, row, position, step) alone, so a row's sample does not depend on its batch.
+"""
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from blockgen import SCHEDULES, draw, load_checkpoint, uniform
+from prepare_data import load_tokenizer, new_parser, run_script
+
+REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL = range(5)  # what a random number is for; part of its key
+CRITERIA = ["kld", "reverse_kld", "tvd", "ar_nll", "ar_gap", "ar_entropy",
+            "diffusion_entropy", "diffusion_confidence", "diffusion_margin", "random"]
+VERIFIED = CRITERIA[:6]  # those that look at the AR side
+SAMPLERS = {  # sampler: the options of generate() that change what it does; the others are refused
+    "ar": [],
+    "ancestral": ["block_size", "steps", "schedule", "ar_tokens"],
+    "arpc": ["block_size", "steps", "schedule", "ar_tokens", "criterion", "warmup", "guide_every"],
+    "confidence": ["block_size", "threshold", "ar_tokens"],
+    "speculative": ["block_size"],
+}
+
+
+@dataclass
+class Run:
+    """The state of one call of generate()."""
+
+    model: object
+    cache: object
+    tokens: torch.Tensor  # (N, L), final where generation has been
+    free: torch.Tensor  # (N, L) False where a token is given
+    options: dict
+    rows: torch.Tensor  # (N, 1) part of the key of the random numbers
+    committed: int = 0  # tokens in the cache
+    stats: dict = field(default_factory=lambda: dict(nfe=0, renoised=0, rounds=0, accepted=0))
+
+    def random(self, purpose, positions, step=0):
+        """Uniform numbers for positions (n,) or (N, n): float64 (N, n)."""
+        return uniform(self.options["seed"], purpose, step, self.rows, positions, device=self.tokens.device)
+
+    def prior(self, purpose, positions, step=0):
+        """Pure noise at positions (n,) or (N, n): (N, n) tokens."""
+        u = self.random(purpose, positions, step)
+        return self.model.noise.prior(u.shape, u.device, u)
+
+    def denoise(self, xt, begin):
+        """Logits of the block xt (N, n) at begin. The pass that starts a block also commits what came before it."""
+        commit = self.tokens[:, self.committed : begin]
+        self.committed = begin
+        self.stats["nfe"] += 1
+        return self.model.denoise(xt, self.cache, commit, self.options["block_size"])
+
+    def verify(self, x, positions):
+        """AR logits of the proposed tokens x (N, n)."""
+        self.stats["nfe"] += 1
+        return self.model.verify(x, self.cache, self.prior(PRIOR, positions))
+
+    def shape(self, logits):
+        """The distribution to draw from, float64 (N, n, V): temperature, then top-k, then top-p. Temperature 0 is greedy."""
+        temperature, top_k, top_p = (self.options[o] for o in ("temperature", "top_k", "top_p"))
+        if temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+        logits = logits.double() / temperature
+        if top_k:
+            kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        probs = logits.softmax(-1)
+        if top_p < 1:
+            ordered, index = probs.sort(descending=True)
+            outside = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it have the mass already
+            probs = probs.scatter(-1, index, ordered.masked_fill(outside, 0))
+        return probs / probs.sum(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filling one block: each returns its tokens (N, n)
+
+
+def fill_by_steps(run, begin, end, steps, watch):
+    """Ancestral sampling: `steps` reverse steps from pure noise; under ARPC the guided ones are followed by a correction."""
+    positions = torch.arange(begin, end, device=run.tokens.device)
+    free, noise = run.free[:, begin:end], run.model.noise
+    xt = torch.where(free, run.prior(PRIOR, positions), run.tokens[:, begin:end])
+    alpha = SCHEDULES[run.options["schedule"]](1 - torch.arange(steps + 1, dtype=torch.float64) / steps)[0].tolist()
+    arpc, warmup, every = run.options["sampler"] == "arpc", run.options["warmup"], run.options["guide_every"]
+    for k in range(steps):
+        guided = arpc and warmup <= k < steps - 1 and (k - warmup) % every == 0
+        logits = run.denoise(xt, begin)
+        u = run.random(REVEAL, positions, k)
+        xs = noise.step(run.shape(logits), xt, 1.0 if guided else alpha[k + 1], alpha[k], u)
+        xs = torch.where(free, xs, xt)
+        worst, ar = torch.zeros_like(free), None
+        if guided:
+            proposal, (worst, ar) = xs, find_worst(run, xs, xt, logits, positions, k, max(1, round((1 - alpha[k + 1]) * (end - begin))))
+            xs = torch.where(worst, run.prior(RENOISE, positions, k + 1), proposal)
+            run.stats["renoised"] += worst[: run.options["n"]].sum()
+        if watch:
+            watch(run, begin, xt, xs, worst, proposal if guided else xs, logits, ar)
+        xt = xs
+        if noise.mask is not None and not arpc and k < steps - 1 and not (xt == noise.mask).any():
+            break  # all are revealed: no further step would change anything
+    return xt
+
+
+def find_worst(run, x, xt, logits, positions, step, k):
+    """Where ARPC sends tokens back: the k (or all, if fewer) free positions of proposal x (N, n) with the highest score.
+
+    Returns that mask (N, n) and the AR log-probabilities (None if the criterion needs no AR pass). With masked noise a
+    position that was revealed before this step has no diffusion distribution but its token, a point mass. There, kld would be
+    infinite: such a position scores -log p_AR(token), as under reverse_kld, which is what the point mass gives there; tvd is 1 - p_AR(token).
+    The diffusion criteria see certainty."""
+    free, criterion = run.free[:, positions], run.options["criterion"]
+    diffusion = logits.double().log_softmax(-1)  # (N, n, V)
+    ar = run.verify(x, positions).double().log_softmax(-1) if criterion in VERIFIED else None
+    mask = run.model.noise.mask
+    settled = torch.zeros_like(free) if mask is None else xt != mask
+    at = lambda logp: logp.gather(-1, x[..., None])[..., 0]  # (N, n) of the proposed token
+    divergence = lambda a, b: (a.exp() * (a - b)).sum(-1)
+    entropy = lambda logp: -(logp.exp() * logp).sum(-1)
+    if criterion == "kld":
+        score = torch.where(settled, -at(ar), divergence(ar, diffusion))
+    elif criterion == "reverse_kld":
+        score = torch.where(settled, -at(ar), divergence(diffusion, ar))
+    elif criterion == "tvd":
+        score = torch.where(settled, 1 - at(ar).exp(), 0.5 * (ar.exp() - diffusion.exp()).abs().sum(-1))
+    elif criterion == "ar_nll":
+        score = -at(ar)
+    elif criterion == "ar_gap":
+        score = ar.max(-1).values.exp() - at(ar).exp()
+    elif criterion == "ar_entropy":
+        score = entropy(ar)
+    elif criterion == "diffusion_entropy":
+        score = entropy(diffusion).masked_fill(settled, 0)
+    elif criterion == "diffusion_confidence":
+        score = 1 - at(diffusion).exp().masked_fill(settled, 1)
+    elif criterion == "diffusion_margin":
+        top = diffusion.exp().topk(2, -1).values
+        score = 1 - (top[..., 0] - top[..., 1]).masked_fill(settled, 1)
+    else:
+        score = run.random(ACCEPT, positions, step + 1)
+    ranks = score.masked_fill(~free, float("-inf")).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return (ranks < k) & free, ar
+
+
+def fill_by_confidence(run, begin, end, steps, watch):
+    """Each pass commits the tokens whose probability exceeds the threshold, and at least the likeliest one (SDAR, Fast-dLLM)."""
+    positions = torch.arange(begin, end, device=run.tokens.device)
+    free = run.free[:, begin:end]
+    open_ = free.clone()
+    xt = torch.where(free, run.prior(PRIOR, positions), run.tokens[:, begin:end])
+    for k in range(end - begin):
+        logits = run.denoise(xt, begin)
+        x = draw(run.shape(logits), run.random(REVEAL, positions, k))
+        confidence = logits.double().softmax(-1).gather(-1, x[..., None])[..., 0].masked_fill(~open_, -1)  # (N, n)
+        best = F.one_hot(confidence.argmax(-1), end - begin).bool()
+        take = open_ & (best | (confidence > run.options["threshold"]))
+        xs = torch.where(take, x, xt)
+        open_ = open_ & ~take
+        if watch:
+            watch(run, begin, xt, xs, torch.zeros_like(free), xs, logits, None)
+        xt = xs
+        if not open_.any():
+            break
+    return xt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speculative decoding: whole sequences, each row at a pace of its own
+
+
+def speculate(run, length, watch):
+    """Draft a block by diffusion in one pass, verify it by the AR side in one, and accept so that what comes out is exactly an
+    AR sample (Leviathan et al. 2022, arXiv 2211.17192): keep x ~ q with probability min(1, p(x) / q(x)), and at the first
+    rejection draw from (p - q)+. The keys and values of what is accepted are those the verifying pass wrote."""
+    S, device = run.options["block_size"], run.tokens.device
+    tokens, free = F.pad(run.tokens, (0, S)), F.pad(run.free, (0, S))  # a draft may run over the end, where nothing is free
+    start = (~free[:, :length]).cumprod(1).sum(1)  # (N,) the prompt
+    if start.max() > 0:
+        run.verify(tokens[:, : start.max()], torch.arange(int(start.max()), device=device))
+    run.cache.length, position, commit = start, start, None
+    for k in range(length):
+        if finished(run, tokens[:, :length], position).all():
+            break
+        active = position < length
+        window = position[:, None] + torch.arange(S, device=device)  # (N, S)
+        given, open_ = tokens.gather(1, window), free.gather(1, window)
+        run.stats["nfe"] += 1
+        xt = torch.where(open_, run.prior(RENOISE, window, k), given)
+        logits = run.model.denoise(xt, run.cache, commit)
+        q = run.shape(logits)  # (N, S, V)
+        x = torch.where(open_, draw(q, run.random(REVEAL, window, k)), given)
+        p = run.shape(run.verify(x, window))
+        ratio = (p.gather(-1, x[..., None]) / q.gather(-1, x[..., None]))[..., 0]
+        accepted = (~open_ | (run.random(ACCEPT, window, k) < ratio)).cumprod(1)  # (N, S) ones up to the first rejection
+        n = accepted.sum(1, keepdim=True)  # (N, 1)
+        at = n.clamp(max=S - 1)
+        residual = (p - q).clamp(min=0).gather(1, at[..., None].expand(-1, 1, p.shape[-1]))[:, 0]  # (N, V)
+        other = draw(residual, run.random(RESIDUAL, position[:, None], k)[:, 0])
+        x = x.scatter(1, at, torch.where(n < S, other[:, None], x.gather(1, at)))
+        tokens = tokens.scatter(1, window, torch.where(torch.arange(S, device=device) <= n, x, given))
+        run.stats["accepted"] += (accepted.bool() & open_)[: run.options["n"]].sum()
+        run.stats["rounds"] += active[: run.options["n"]].sum()
+        if watch:
+            watch(run, int(position[0]), xt, x, (torch.arange(S, device=device) >= n) & open_, x, logits, p.log())
+        position = (position + n[:, 0] + 1).minimum(position + S).clamp(max=length)
+        # all accepted tokens but the last are in the cache; the last (perhaps a replacement) is committed by the next draft
+        run.cache.length = position - 1
+        commit = tokens.gather(1, position[:, None] - 1)
+    run.tokens = tokens[:, :length]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop over blocks
+
+
+def ends(run, tokens):
+    """(N, L) True at generated end tokens behind which nothing is given: those finish a row. A prompt's own do not."""
+    later = (~run.free).flip(1).cumsum(1).flip(1) > 0  # something given from here on
+    return (tokens == run.options["stop"]) & ~later
+
+
+def finished(run, tokens, position):
+    """(N,) rows that have all their tokens, or an end token, before position (int or (N,))."""
+    position = torch.as_tensor(position, device=tokens.device).expand(len(tokens))
+    before = torch.arange(tokens.shape[1], device=tokens.device) < position[:, None]
+    return (ends(run, tokens) & before).any(1) | (position >= tokens.shape[1])
+
+
+def check_options(model, n, length, given, o):
+    """Raises ValueError with a line for the user."""
+    seq_len = model.config.seq_len
+    if o["sampler"] not in SAMPLERS or o["criterion"] not in CRITERIA or o["schedule"] not in SCHEDULES:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; criterion one of {', '.join(CRITERIA)}")
+    if n < 1 or not 1 <= length <= seq_len:
+        raise ValueError(f"the model writes from 1 to {seq_len} tokens, not {length}, in 1 or more samples")
+    if not 1 <= o["block_size"] <= seq_len:
+        raise ValueError(f"block_size must lie in 1 to {seq_len}, not {o['block_size']}")
+    for name, low, high in (("steps", 1, None), ("temperature", 0, None), ("top_k", 0, None), ("guide_every", 1, None),
+                            ("warmup", 0, None), ("ar_tokens", 0, length), ("threshold", 0, 1)):
+        if o[name] < low or (high is not None and o[name] > high):
+            raise ValueError(f"{name} must be at least {low}" + (f" and at most {high}" if high is not None else "") + f", not {o[name]}")
+    if not 0 < o["top_p"] <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], not {o['top_p']}")
+    verified = o["sampler"] == "speculative" or (o["sampler"] == "arpc" and o["criterion"] in VERIFIED)
+    if not model.config.token_causal and (verified or o["ar_tokens"]):
+        raise ValueError("this model's clean tokens are block-causal: its AR side and its blocks cannot share a cache")
+    if given is not None and (given.shape != (n, length) or given.max() >= model.config.vocab_size):
+        raise ValueError(f"given must be ({n}, {length}) tokens of the vocabulary, -1 where free")
+
+
+@torch.no_grad()
+def generate(model, n, length, *, sampler="ancestral", block_size=16, steps=16, schedule="linear", given=None, ar_tokens=0,
+             criterion="ar_nll", warmup=0, guide_every=1, threshold=0.9, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=0,
+             first_row=0, watch=None):
+    """n sequences of `length` tokens: (tokens (n, length) int64, stats).
+
+    given (n, length): tokens that stand already, -1 where free; anywhere, and different for every row. They are never noised.
+    sampler: ar; ancestral; arpc (criterion, warmup, guide_every); confidence (threshold); speculative. All use the cache.
+    The first ar_tokens tokens are AR whatever the sampler. steps: reverse steps a block, evenly spaced on the schedule.
+    stop: a token that finishes a row; the row is filled up with it. Rows count from first_row in the random numbers' key.
+    stats: nfe (network passes), tokens (generated), passes_per_token, seconds, tokens_per_second, and where they apply
+    renoised, accepted_length (drafted tokens that a speculative round keeps). Raises ValueError."""
+    options = {k: v for k, v in locals().items() if k not in ("model", "given", "watch", "length")}
+    check_options(model, n, length, given, options)
+    began, device = time.time(), model.head.bias.device
+    given = torch.full((n, length), -1) if given is None else given
+    given = given.to(device)
+    options["stop"] = -1 if stop is None else stop
+    options["block_size"] = block_size = 1 if sampler == "ar" else min(block_size, length)
+    rows = torch.arange(first_row, first_row + n, device=device)[:, None]
+    cache = model.new_cache(n, length + block_size)
+    run = Run(model, cache, given.clamp(min=0), given < 0, options, rows)
+    if sampler == "speculative":
+        speculate(run, length, watch)
+    else:
+        fill = fill_by_confidence if sampler == "confidence" else fill_by_steps
+        begins = [*range(ar_tokens), *range(ar_tokens, length, block_size), length]
+        for begin, end in zip(begins, begins[1:]):
+            if not run.free[:, begin:end].any():
+                continue  # the next pass commits it
+            one = end - begin == 1  # a block of one token takes one step: this is the AR mode
+            run.tokens[:, begin:end] = (fill_by_steps if one else fill)(run, begin, end, 1 if one else steps, watch)
+            if finished(run, run.tokens, end).all():
+                break
+    return finish(run, time.time() - began)
+
+
+def finish(run, seconds):
+    """Fill rows up behind their end token; work out the statistics."""
+    stop, stats = run.options["stop"], run.stats
+    end = ends(run, run.tokens)
+    behind = (end.cumsum(1) - end.long()) > 0
+    tokens = run.tokens.masked_fill(behind, max(stop, 0))
+    produced = int((run.free & ~behind).sum())
+    result = dict(nfe=stats["nfe"], tokens=produced, passes_per_token=stats["nfe"] * len(tokens) / max(1, produced), seconds=seconds,
+                  tokens_per_second=produced / seconds)
+    if run.options["sampler"] == "arpc":
+        result["renoised"] = int(stats["renoised"])
+    if run.options["sampler"] == "speculative":
+        result["accepted_length"] = int(stats["accepted"]) / max(1, int(stats["rounds"]))
+    return tokens, result

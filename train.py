@@ -1,0 +1,444 @@
+"""Train a block diffusion model on a mixture of block sizes.
+
+    python train.py                                      # prepares its data if need be; fits the machine it finds
+    python train.py --dataset=shakespeare --max_iters=5000
+    python train.py --block_sizes=1                      # an autoregressive model
+    python train.py --block_sizes=128                    # full-sequence diffusion: MDLM, or with --noise=uniform Duo
+    python train.py --preset=paper --dataset=openwebtext # 12 layers, 768 wide, L = 1024
+    torchrun --nproc_per_node=8 train.py ...             # the same run, faster: rows are shared out, results stay
+    python train.py --resume                             # go on from out/ckpt.pt, bit for bit
+
+Writes OUT/ckpt.pt (atomically) and OUT/log.jsonl. All randomness is a function of (seed, step, row), so neither the number
+of processes nor of gradient accumulation parts nor an interruption changes what is computed.
+"""
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from blockgen import BlockGen, Config, load_weights, noise_levels, read_checkpoint, save_checkpoint, token_losses, uniform
+from prepare_data import load_tokenizer, new_parser, prepare, run_script
+from sample import generate
+
+PRESETS = {
+    "cpu": {},  # the flags' own defaults: five minutes on two cores
+    "gpu": dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, batch_size=128, max_iters=5000, learning_rate=1e-3, dropout=0.1,
+                eval_seqs=256),
+    "paper": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=512, grad_accum=16, max_iters=1_000_000,
+                  learning_rate=3e-4, warmup_iters=2500, lr_decay="constant", optimizer="adamw", weight_decay=0.0, ema=0.9999,
+                  dropout=0.1, tied=False, noisy_gain=1.0, block_weights="0.05,0.95", eval_interval=5000, eval_seqs=256),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_data(folder):
+    """(train, val, meta): memory-mapped tokens. Raises ValueError for files that are not what meta.json says."""
+    try:
+        with open(os.path.join(folder, "meta.json")) as file:
+            meta = json.load(file)
+        parts = [np.memmap(os.path.join(folder, f"{part}.bin"), meta["dtype"], "r") for part in ("train", "val")]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no dataset: python prepare_data.py makes one") from None
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): make it again with prepare_data.py") from None
+    for part, tokens in zip(("train", "val"), parts):
+        if len(tokens) != meta[f"{part}_tokens"]:
+            raise ValueError(f"{folder}/{part}.bin has {len(tokens)} tokens, not {meta[f'{part}_tokens']}: make it again with prepare_data.py")
+    return *parts, meta
+
+
+def crops(tokens, starts, length, device):
+    """Rows of consecutive tokens, (N, L) int64."""
+    rows = np.stack([tokens[s : s + length] for s in starts.tolist()]).astype(np.int64)
+    return torch.from_numpy(rows).to(device)
+
+
+def draw_batch(args, tokens, step, rows, device):
+    """Everything random about the given rows (R,) of a step's batch: x0 (R, L), block sizes (R,), t (R, L), u (R, L).
+
+    Block sizes and, within the rows of one size, noise levels are stratified over the whole batch."""
+    key = (args.seed, step)
+    weights = torch.tensor(args.block_weights, dtype=torch.float64)
+    place = (rows + uniform(*key, 0)) / args.batch_size  # the batch tiles [0, 1)
+    mine = torch.searchsorted(weights.cumsum(0), place, right=True).clamp(max=len(weights) - 1)
+    inner = ((place - (weights.cumsum(0) - weights)[mine]) / weights[mine]).clamp(0, 1)  # and so does each size in it
+    sizes = torch.tensor(args.block_sizes)[mine]
+    shift = torch.stack([uniform(*key, 1).expand(len(rows)), uniform(*key, 2, rows)], 1)
+    t = noise_levels(shift, inner, sizes, args.seq_len)
+    u = uniform(*key, 3, rows[:, None], torch.arange(args.seq_len))
+    starts = (uniform(*key, 4, rows) * (len(tokens) - args.seq_len + 1)).long()
+    return crops(tokens, starts, args.seq_len, device), *(x.to(device) for x in (sizes, t, u))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, tokens, block_size, n_seqs, draws=1, batch_size=16, seed=0):
+    """NELBO of n_seqs sequences spread evenly over the tokens: nats per token, float64 (draws, n_seqs).
+
+    The noise is a function of (seed, draw, sequence), so neither batch size nor time nor machine moves the figures."""
+    L, device = model.config.seq_len, next(model.parameters()).device
+    starts = torch.linspace(0, len(tokens) - L, n_seqs).long()
+    result = torch.empty(draws, n_seqs, dtype=torch.float64)
+    for draw in range(draws):
+        for rows in torch.arange(n_seqs).split(batch_size):
+            shift = torch.stack([uniform(seed, draw, 0).expand(len(rows)), uniform(seed, draw, 1, rows)], 1)
+            sizes = torch.full((len(rows),), block_size)
+            t = noise_levels(shift, rows / n_seqs, sizes, L)
+            u = uniform(seed, draw, 2, rows[:, None], torch.arange(L))
+            losses = token_losses(model, crops(tokens, starts[rows], L, device), *(x.to(device) for x in (sizes, t, u)))
+            result[draw, rows] = losses.double().mean(1).cpu()
+    return result
+
+
+def summary(losses):
+    """Mean over sequences and its standard error, of (draws, n_seqs) estimates: the draws of a sequence are averaged first."""
+    each = losses.mean(0)
+    return each.mean().item(), (each.std() / len(each) ** 0.5).item() if len(each) > 1 else float("nan")
+
+
+def describe(losses, meta):
+    """Evaluation results {block size: losses} in one line."""
+    words = []
+    for size, (mean, error) in ((s, summary(x)) for s, x in losses.items()):
+        byte = f", {mean / math.log(2) / meta['bytes_per_token']:.3f} bits/byte" if "bytes_per_token" in meta else ""
+        words.append(f"S={size}: {mean:.4f} ± {error:.4f} nats{byte}")
+    return " | ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimization
+
+
+def make_optimizers(model, args):
+    """AdamW; or Muon (arXiv 2502.16982) for the matrices between embedding and head, AdamW for the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks")] if args.optimizer == "muon" else []
+    ids = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.beta2), fused=True)]
+    if matrices:  # match_rms_adamw: one learning rate suits both
+        optimizers.append(torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def learning_rate(args, step):
+    """Linear warm-up, then constant, or a cosine down to zero."""
+    warm = min(1.0, (step + 1) / max(1, args.warmup_iters))
+    if args.lr_decay == "constant":
+        return args.learning_rate * warm
+    done = max(0, step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
+    return args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Exponential moving average of the weights; early on over a fifth of the steps so far, so that short runs profit."""
+    decay = min(decay, 1 - 5 / (step + 6))
+    for a, p in zip(average.parameters(), model.parameters()):
+        a.lerp_(p, 1 - decay)
+
+
+def accumulate_gradients(model, args, tokens, step, rank=0, world=1, device="cpu", autocast=contextlib.nullcontext()):
+    """Gradients of the mean loss of this step's batch, summed over parts and processes; returns the loss in nats per token."""
+    total = torch.zeros((), device=device)
+    parts = torch.arange(rank, args.batch_size, world).chunk(args.grad_accum)  # the rows of this process, in turn
+    for i, rows in enumerate(parts):
+        torch.manual_seed(hash((args.seed, step, rank, i)) % 2**63)  # for dropout
+        x0, sizes, t, u = draw_batch(args, tokens, step, rows, device)
+        with autocast:
+            loss = token_losses(model, x0, sizes, t, u, args.loss).sum() / (args.batch_size * args.seq_len)
+        loss.backward()
+        total += loss.detach()
+    if world > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([total.view(1), *(g.flatten() for g in grads)])
+        dist.all_reduce(flat)
+        total, *summed = flat.split([1, *(g.numel() for g in grads)])
+        for g, s in zip(grads, summed):
+            g.copy_(s.view_as(g))
+    return total.item()
+
+
+def check_loss(loss, recent, step, vocab_size):
+    """Raise ValueError if the loss is NaN or explodes: the last checkpoint was saved before that."""
+    if not math.isfinite(loss):
+        why = f"the loss is {loss}"
+    elif recent > 5 * math.log(vocab_size) + 5:
+        why = f"the loss has risen to {recent:.1f} nats"
+    else:
+        return
+    raise ValueError(f"stopped at step {step}: {why}; the last good checkpoint is kept. Try a lower --learning_rate")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def numbers(kind):
+    """argparse type: a comma-separated list."""
+
+    def parse(text):
+        return [kind(x) for x in str(text).split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+def boolean(text):
+    if str(text).lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return str(text).lower() in ("true", "1")
+
+
+def make_parser():
+    parser = new_parser(__doc__)
+
+    def flag(name, default, help, **more):
+        more.setdefault("type", boolean if isinstance(default, bool) else type(default))
+        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **more)
+
+    flag("preset", "auto", "sets defaults for the flags below; auto: gpu where there is one, else cpu", choices=["auto", *PRESETS])
+    flag("dataset", "pydocs", "a folder under data_dir made by prepare_data.py; pydocs and markov are made if missing")
+    flag("data_dir", "data", "where the datasets are")
+    flag("out_dir", "out", "where ckpt.pt and log.jsonl go")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT_DIR/ckpt.pt, with its flags where none are given")
+    flag("seed", 0, "of everything random")
+    # model
+    flag("noise", "masked", "kind of noise", choices=["masked", "uniform"])
+    flag("schedule", "linear", "of alpha(t)", choices=["linear", "cosine"])
+    flag("token_causal", True, "clean tokens see clean tokens up to themselves; False: to the end of their block")
+    flag("seq_len", 128, "context length L")
+    flag("n_layer", 4, "layers")
+    flag("n_head", 4, "attention heads")
+    flag("n_embd", 128, "width")
+    flag("dropout", 0.0, "dropout")
+    flag("tied", True, "the head is the embedding")
+    flag("noisy_gain", 0.1, "where the learned gain on noisy tokens' embeddings starts")
+    # objective
+    flag("block_sizes", "1,16", "block sizes S to mix, any from 1 to L", type=numbers(int))
+    flag("block_weights", "0.5,0.5", "share of each in the rows of a batch", type=numbers(float))
+    flag("loss", "nelbo", "nelbo: the likelihood bound; ce: unweighted cross-entropy (masked noise)", choices=["nelbo", "ce"])
+    # optimization
+    flag("max_iters", 2000, "steps")
+    flag("batch_size", 16, "rows a step, over all processes and parts")
+    flag("grad_accum", 1, "parts that the rows of a process are worked off in")
+    flag("optimizer", "muon", "muon (for the matrices) or adamw", choices=["muon", "adamw"])
+    flag("learning_rate", 3e-3, "peak learning rate")
+    flag("lr_decay", "cosine", "after the warm-up", choices=["cosine", "constant"])
+    flag("warmup_iters", 50, "steps of linear warm-up")
+    flag("weight_decay", 0.01, "on matrices")
+    flag("beta2", 0.99, "of AdamW")
+    flag("grad_clip", 1.0, "largest norm of the gradient; 0: any")
+    flag("ema", 0.99, "decay of the average of the weights that is evaluated and sampled; 0: none")
+    # evaluation, machine
+    flag("eval_interval", 500, "steps between evaluations, each with a sample and a checkpoint")
+    flag("eval_seqs", 64, "validation sequences, always the same, with the same noise")
+    flag("device", "auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    flag("dtype", "auto", "of the matrix products; auto: bfloat16 where the hardware has it", choices=["auto", "float32", "bfloat16"])
+    flag("compile", False, "torch.compile the layers")
+    return parser
+
+
+def parse_args(argv=None):
+    """Flags, checked. Explicit flags beat the checkpoint's (--resume), which beat the preset's, which beat the defaults."""
+    parser = make_parser()
+    first, _ = parser.parse_known_args(argv)
+    preset = ("gpu" if torch.cuda.is_available() else "cpu") if first.preset == "auto" else first.preset
+    parser.set_defaults(**PRESETS[preset])
+    if first.resume:
+        saved = read_checkpoint(os.path.join(first.out_dir, "ckpt.pt"))["args"]
+        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "out_dir", "device")})
+    args = parser.parse_args(argv)
+    given = {a.split("=")[0].lstrip("-") for a in (argv if argv is not None else os.sys.argv[1:])}
+    if "block_sizes" in given and "block_weights" not in given:
+        args.block_weights = [1 / len(args.block_sizes)] * len(args.block_sizes)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Raises ValueError with a line for the user."""
+    at_least = dict(max_iters=1, batch_size=1, grad_accum=1, eval_interval=1, eval_seqs=1, warmup_iters=0, learning_rate=0, weight_decay=0, grad_clip=0)
+    for name, least in at_least.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if not 0 <= args.ema < 1 or not 0 <= args.beta2 < 1:
+        raise ValueError("--ema and --beta2 must lie in [0, 1)")
+    if len(args.block_sizes) != len(args.block_weights):
+        raise ValueError(f"{len(args.block_sizes)} --block_sizes but {len(args.block_weights)} --block_weights")
+    if min(args.block_weights) <= 0 or abs(sum(args.block_weights) - 1) > 1e-6:
+        raise ValueError(f"--block_weights must be positive and sum to 1, not {sum(args.block_weights):g}")
+    if min(args.block_sizes) < 1 or max(args.block_sizes) > args.seq_len:
+        raise ValueError(f"--block_sizes must lie in 1 to seq_len ({args.seq_len}), not {','.join(map(str, args.block_sizes))}")
+    if args.loss == "ce" and args.noise == "uniform":
+        raise ValueError("--loss=ce is for masked noise: use --loss=nelbo with --noise=uniform")
+    if args.batch_size % (args.grad_accum * int(os.environ.get("WORLD_SIZE", 1))):
+        raise ValueError(f"--batch_size ({args.batch_size}) must be a multiple of --grad_accum times the number of processes")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def find_device(args):
+    """(device, autocast context): every line that depends on the machine."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    name = (f"cuda:{local}" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device={args.device}: there is no such device here") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and fast)
+    return device, torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def load_data(args, main):
+    """The dataset of the flags, made first if it can be made without further ado."""
+    folder = os.path.join(args.data_dir, args.dataset)
+    if main and args.dataset in ("pydocs", "markov") and not os.path.exists(folder):
+        print(f"preparing {folder} ...", flush=True)
+        prepare(args.dataset, args.data_dir)
+    if dist.is_initialized():
+        dist.barrier()
+    train, val, meta = open_data(folder)
+    if min(len(train), len(val)) < args.seq_len:
+        raise ValueError(f"{folder} is too small: {min(len(train), len(val))} tokens in a part, --seq_len={args.seq_len}")
+    return train, val, meta
+
+
+def open_log(path, step):
+    """log.jsonl, cut back to what was written before the step."""
+    kept = []
+    if step and os.path.exists(path):
+        with open(path) as file:
+            kept = [line for line in file if json.loads(line)["step"] < step]
+    log = open(path, "w")
+    log.writelines(kept)
+    return log
+
+
+def restore(path, model, average, optimizers):
+    """Load a checkpoint into the state of a run; returns the step to go on from."""
+    content = read_checkpoint(path)
+    if content["config"] != asdict(model.config):
+        differs = [k for k, v in asdict(model.config).items() if content["config"].get(k) != v]
+        raise ValueError(f"{path} is a model of another shape: {', '.join(differs)} differ")
+    load_weights(model, content["model"], path)
+    load_weights(average, content["ema"], path)
+    for optimizer, state in zip(optimizers, content["optimizers"]):
+        optimizer.load_state_dict(state)
+    return content["step"]
+
+
+def show_sample(model, meta, args):
+    """A few lines of generated text, with the largest block size."""
+    tokens, _ = generate(model, 1, args.seq_len, sampler="ancestral", block_size=max(args.block_sizes), steps=max(args.block_sizes), seed=args.seed)
+    return load_tokenizer(meta["tokenizer"])[1](tokens[0].tolist())
+
+
+def train(args):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, autocast = find_device(args)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    main = rank == 0
+    train_tokens, val_tokens, meta = load_data(args, main)
+    torch.manual_seed(args.seed)
+    shape = {f.name: getattr(args, f.name) for f in fields(Config) if f.name != "vocab_size"}
+    model = BlockGen(Config(vocab_size=meta["vocab_size"], **shape)).to(device)
+    average = copy.deepcopy(model).eval()
+    optimizers = make_optimizers(model, args)
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    os.makedirs(args.out_dir, exist_ok=True)
+    first = restore(path, model, average, optimizers) if args.resume else 0
+    log = open_log(os.path.join(args.out_dir, "log.jsonl"), first) if main else None
+    trunk = model.trunk
+    if args.compile:
+        model.trunk = torch.compile(model.trunk)
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.append(True))
+
+    def save(step):
+        save_checkpoint(path, step=step, config=asdict(model.config), model=model.state_dict(), ema=average.state_dict(), args=vars(args),
+                        optimizers=[o.state_dict() for o in optimizers], meta=meta)
+
+    def report(step):
+        losses = {}
+        with autocast:
+            for size in args.block_sizes:
+                losses[size] = evaluate(average, val_tokens, size, min(args.eval_seqs, len(val_tokens) // args.seq_len))
+            text = show_sample(average, meta, args)
+        bar.write(f"step {step}: {describe(losses, meta)}\n    {text[:400]!r}")
+        log.write(json.dumps({"step": step, "val": {s: summary(x) for s, x in losses.items()}}) + "\n")
+        log.flush()
+        return {f"S{s}": f"{summary(x)[0]:.3f}" for s, x in losses.items()}
+
+    if main:
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}, {len(train_tokens):,} training tokens; "
+              f"unigram entropy {meta['unigram_nats']:.3f} nats" + (f", of the chain {meta['entropy_rate']:.3f}" if "entropy_rate" in meta else ""))
+    bar = tqdm(total=args.max_iters, initial=first, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5)
+    recent, shown, began = None, {}, time.time()
+    for step in range(first, args.max_iters):
+        if main and step % args.eval_interval == 0 and step > first:
+            shown = report(step)
+            save(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, step)
+        model.train()
+        loss = accumulate_gradients(model, args, train_tokens, step, rank, world, device, autocast)
+        recent = loss if recent is None else 0.95 * recent + 0.05 * loss
+        check_loss(loss, recent, step, meta["vocab_size"])
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        update_average(average, model, args.ema, step)
+        bar.update()
+        if main:
+            speed = (step + 1 - first) * args.batch_size * args.seq_len / (time.time() - began)
+            bar.set_postfix(loss=f"{recent:.3f}", **shown, tok_s=f"{speed:,.0f}", refresh=False)
+            log.write(json.dumps({"step": step, "loss": loss}) + "\n")
+        if stop:
+            break
+    step += 1
+    if main:
+        if step == args.max_iters:
+            report(step)
+        save(step)
+        bar.close()
+        log.close()
+        print(f"stopped at step {step}: --resume goes on" if step < args.max_iters else f"done; now: python sample.py --ckpt={path}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main():
+    train(parse_args())
+
+
+if __name__ == "__main__":
+    run_script(main)
