@@ -270,20 +270,38 @@ class BlockGen(nn.Module):
         self.register_buffer("angles", torch.arange(2 * config.seq_len)[:, None] * frequency, persistent=False)  # (2 L, D / 2)
         self.initialize()
 
+    @torch.no_grad()
     def initialize(self):
-        """Unit-variance inputs and outputs; residual branches scaled down with depth, as in GPT-2."""
+        """Unit-variance embeddings, small matrices, residual branches scaled down with depth as in GPT-2, and heads that look back."""
         d = self.config.n_embd
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
-                nn.init.normal_(p, std=(0.5 if not residual else 0.5 / math.sqrt(2 * self.config.n_layer)) * p.shape[1] ** -0.5)
+                nn.init.normal_(p, std=0.5 * d**-0.5 / (math.sqrt(2 * self.config.n_layer) if residual else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        for block in self.blocks:
+            self.look_back(block)
         nn.init.normal_(self.embedding.weight, std=d**-0.5 if self.config.tied else 1)
-        if not self.config.tied:
-            nn.init.zeros_(self.head.weight)
-        else:
+        if self.config.tied:
             del self.head.weight
+        else:
+            nn.init.zeros_(self.head.weight)
+
+    def look_back(self, block):
+        """Let heads start with a taste for the previous token, from none in the last head to a strong one in the first. A noisy
+        position learns nothing before it finds its neighbors; starting there skips a plateau of hundreds of steps.
+
+        The norm's output sums to zero, so what a weight row has in common over its columns acts on the norm's bias alone: with
+        a bias of 1 it is a constant, in query and key. The key's is rotated by one position, so that they match best at distance 1."""
+        heads, angle = self.config.n_head, self.angles[1]
+        strength = torch.linspace(2, 0, heads)[:, None]
+        query = torch.cat([torch.ones_like(angle), torch.zeros_like(angle)]) * strength  # (H, D)
+        key = torch.cat([angle.cos(), angle.sin()]) * strength
+        constant = torch.cat([query.flatten(), key.flatten(), torch.zeros(self.config.n_embd)])[:, None]  # (3 d, 1)
+        weight = block.qkv.weight
+        weight += constant / weight.shape[1] - weight.mean(1, keepdim=True)
+        nn.init.ones_(block.norm1.bias)
 
     def trunk(self, tokens, n_clean, positions, view, cache=None):
         """tokens (N, Q), the first n_clean of them clean, at positions (Q,) or (N, 1, Q) -> states (N, Q, d) for the head."""
@@ -342,6 +360,16 @@ class BlockGen(nn.Module):
         positions = cache.length[:, None, None] + torch.arange(n, device=x.device).repeat(2)  # (N, 1, 2n)
         states = self.trunk(torch.cat([x, noise], 1), n, positions, verify_view(cache.length, n), cache)
         return self.logits(states[:, n:])
+
+
+def find_device(name):
+    """The device of a --device flag: auto is cuda where there is one, else cpu. Raises ValueError."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device={name}: there is no such device here") from None
+    return device
 
 
 # ---------------------------------------------------------------------------------------------------------------------

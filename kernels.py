@@ -128,7 +128,7 @@ def make_chunks(view, n_queries):
 
 def gather(x, ranges):
     parts = [x[:, :, lo:hi] for lo, hi in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)  # (N, H, keys, D)
+    return torch.cat(parts, 2) if len(parts) > 1 else (parts or [x[:, :, :0]])[0]  # (N, H, keys, D)
 
 
 def attend(q, k, v, mask, blind):
@@ -136,7 +136,7 @@ def attend(q, k, v, mask, blind):
     if blind is None:
         return F.scaled_dot_product_attention(q, k, v, mask)
     if mask.shape[-1] == 0:
-        return q * 0
+        return q * 0 + k.sum() + v.sum()  # k and v are empty; so they get their (empty) gradients
     return F.scaled_dot_product_attention(q, k, v, mask | blind).masked_fill(blind, 0)
 
 
@@ -329,6 +329,11 @@ if triton is not None:
         tl.store(DV + at_k, dv.to(DV.dtype.element_ty), mask=valid)
 
 
+def launch(head_size):
+    """Launch options for a head size: a larger tile needs more warps, or its registers spill."""
+    return dict(num_warps=4 if head_size <= 64 else 8, num_stages=2)
+
+
 def kernel_arguments(q, k, view):
     """What every kernel needs to know of a view: the bounds, both tile lists, the numbers."""
 
@@ -349,7 +354,7 @@ def run_forward(q, k, v, view, splits):
     o = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
     lse = q.new_empty(splits, n, h, n_queries, dtype=torch.float32)
     grid = (order.shape[1], n * h, splits)
-    forward_kernel[grid](q, k, v, bounds, order, count, o, lse, *numbers, *sizes(order), D=d, TILE=TILE, SPLITS=splits, num_warps=4)
+    forward_kernel[grid](q, k, v, bounds, order, count, o, lse, *numbers, *sizes(order), D=d, TILE=TILE, SPLITS=splits, **launch(d))
     if splits == 1:
         return o[0], lse[0]
     weight = torch.softmax(lse * math.log(2), 0).nan_to_num(0)  # all parts empty: zeros
@@ -371,7 +376,7 @@ class TritonAttention(torch.autograd.Function):
         do = do.contiguous()
         delta = (do.float() * o.float()).sum(-1)  # (N, H, Q)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        common, fixed = (q, k, v, do, lse, delta, bounds), dict(D=q.shape[3], TILE=TILE, num_warps=4)
+        common, fixed = (q, k, v, do, lse, delta, bounds), dict(D=q.shape[3], TILE=TILE, **launch(q.shape[3]))
         heads = q.shape[0] * q.shape[1]
         dq_kernel[(q_order.shape[1], heads)](*common, q_order, q_count, dq, *numbers, *sizes(q_order), **fixed)
         dkdv_kernel[(k_order.shape[1], heads)](*common, k_order, k_count, dk, dv, *numbers, *sizes(k_order), **fixed)

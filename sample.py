@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from blockgen import SCHEDULES, draw, load_checkpoint, uniform
+from blockgen import SCHEDULES, draw, find_device, load_checkpoint, uniform
 from prepare_data import load_tokenizer, new_parser, run_script
 
 REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL = range(5)  # what a random number is for; part of its key
@@ -264,26 +264,28 @@ def check_options(model, n, length, given, o):
 
 
 @torch.no_grad()
-def generate(model, n, length, *, sampler="ancestral", block_size=16, steps=16, schedule="linear", given=None, ar_tokens=0,
+def generate(model, n, length, *, sampler="ancestral", block_size=None, steps=16, schedule="linear", given=None, ar_tokens=0,
              criterion="ar_nll", warmup=0, guide_every=1, threshold=0.9, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=0,
              first_row=0, watch=None):
     """n sequences of `length` tokens: (tokens (n, length) int64, stats).
 
     given (n, length): tokens that stand already, -1 where free; anywhere, and different for every row. They are never noised.
+    block_size: by default 16, or the model's length if that is less.
     sampler: ar; ancestral; arpc (criterion, warmup, guide_every); confidence (threshold); speculative. All use the cache.
     The first ar_tokens tokens are AR whatever the sampler. steps: reverse steps a block, evenly spaced on the schedule.
     stop: a token that finishes a row; the row is filled up with it. Rows count from first_row in the random numbers' key.
     stats: nfe (network passes), tokens (generated), passes_per_token, seconds, tokens_per_second, and where they apply
     renoised, accepted_length (drafted tokens that a speculative round keeps). Raises ValueError."""
+    block_size = min(16, model.config.seq_len) if block_size is None else block_size
     options = {k: v for k, v in locals().items() if k not in ("model", "given", "watch", "length")}
     check_options(model, n, length, given, options)
-    began, device = time.time(), model.head.bias.device
+    cache = model.new_cache(n, length + block_size)
+    began, device = time.time(), cache.length.device
     given = torch.full((n, length), -1) if given is None else given
     given = given.to(device)
     options["stop"] = -1 if stop is None else stop
     options["block_size"] = block_size = 1 if sampler == "ar" else min(block_size, length)
     rows = torch.arange(first_row, first_row + n, device=device)[:, None]
-    cache = model.new_cache(n, length + block_size)
     run = Run(model, cache, given.clamp(min=0), given < 0, options, rows)
     if sampler == "speculative":
         speculate(run, length, watch)
@@ -314,3 +316,144 @@ def finish(run, seconds):
     if run.options["sampler"] == "speculative":
         result["accepted_length"] = int(stats["accepted"]) / max(1, int(stats["rounds"]))
     return tokens, result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def make_watcher(decode, color, probabilities):
+    """A function for generate(watch=...): one line a pass, for the first row. Dim: noise; bright: new in this pass; red and
+    struck: sent back by ARPC or rejected. Without color: `_` for a mask, +new+, -sent back-."""
+    paint = {"noise": "\033[2m{}\033[0m", "new": "\033[1;97m{}\033[0m", "worst": "\033[9;31m{}\033[0m", "old": "{}"}
+    plain = {"noise": "{}", "new": "+{}+", "worst": "-{}-", "old": "{}"}
+    style = paint if color else plain
+    touched = {}  # block: which of its positions have been drawn
+
+    def watch(run, begin, xt, xs, worst, proposal, logits, ar):
+        xt, xs, worst, proposal = (x[0].tolist() for x in (xt, xs, worst, proposal))
+        drawn, words = touched.setdefault(begin, set()), []
+        for i, (old, new, bad, proposed) in enumerate(zip(xt, xs, worst, proposal)):
+            if bad:
+                kind, token = "worst", proposed
+            elif new == run.model.noise.mask:
+                kind, token = "noise", None
+            elif new != old:
+                kind, token = "new", new
+            else:
+                kind, token = "old" if i in drawn or not run.free[0, begin + i : begin + i + 1].any() else "noise", new
+            drawn.discard(i) if bad else drawn.add(i) if kind == "new" else None
+            words.append(style[kind].format("_" if token is None else decode([token]).replace("\n", "⏎")))
+        print(f"{run.stats['nfe']:4} {begin:4} | {''.join(words)}", flush=True)
+        for i in [i for i, bad in enumerate(worst) if bad and probabilities]:
+            p = [f"{name} {x[0, i].exp()[proposal[i]]:.2g}" for name, x in (("diffusion", logits.double().log_softmax(-1)), ("AR", ar)) if x is not None]
+            print(f"          | {decode([proposal[i]])!r}: {', '.join(p)}")
+
+    return watch
+
+
+def read_given(args, tokenizer, length):
+    """The given tokens (num_samples, length) of --prompt and --template, -1 where free; None if there are none."""
+    encode = load_tokenizer(tokenizer)[0]
+    if args.template is not None:
+        pieces = re.split(r"(_{2,})", args.template)
+        texts = [sum(([-1] * len(p) if p.startswith("__") else encode(p) for p in pieces if p), [])]
+    else:
+        texts = [encode(p) for p in args.prompt or []]
+    given = torch.full((args.num_samples, length), -1)
+    for i, text in enumerate(texts):
+        if len(text) > length:
+            raise ValueError(f"the prompt has {len(text)} tokens, more than the {length} to be written")
+        given[i :: len(texts), : len(text)] = torch.tensor(text, dtype=torch.int64)
+    return given
+
+
+def make_parser():
+    defaults = {k: p.default for k, p in __import__("inspect").signature(generate).parameters.items()}
+    parser = new_parser(__doc__)
+
+    def flag(name, default, help, **more):
+        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **{"type": type(default), **more})
+
+    def option(name, help, **more):
+        """A flag of some samplers only: it has to be refused by the others, so what was not given stays None."""
+        users = ", ".join(s for s, used in SAMPLERS.items() if name in used)
+        default = 16 if name == "block_size" else defaults[name]
+        parser.add_argument(f"--{name}", **{"type": type(default), **more}, help=f"{help} (default: {default}; for {users})")
+
+    flag("ckpt", "out/ckpt.pt", "a checkpoint that train.py wrote")
+    flag("sampler", "ancestral", "how to sample", choices=list(SAMPLERS))
+    flag("num_samples", 1, "how many samples")
+    flag("batch_size", 16, "how many of them at a time; changes no sample")
+    flag("length", None, "tokens a sample, prompt included; by default as many as the model can", type=int)
+    parser.add_argument("--prompt", action="append", help="what the text begins with; several take turns (default: nothing)")
+    parser.add_argument("--template", help="a text with holes: k > 1 underscores are k tokens to be filled in (default: none)")
+    option("block_size", "tokens a block")
+    option("steps", "reverse steps a block")
+    option("schedule", "of the reverse steps", choices=list(SCHEDULES))
+    option("ar_tokens", "write so many tokens AR first")
+    option("criterion", "which tokens ARPC sends back", choices=CRITERIA)
+    option("warmup", "steps of a block before ARPC sets in")
+    option("guide_every", "ARPC corrects every so many steps")
+    option("threshold", "probability from which on a token is committed")
+    flag("temperature", 1.0, "0 is greedy")
+    flag("top_k", 0, "draw from the k likeliest tokens only; 0: from all")
+    flag("top_p", 1.0, "draw from the likeliest tokens that together have this probability")
+    flag("stop", "end", "a sample ends with this token; end: the vocabulary's own; none: it does not")
+    flag("seed", 0, "of everything random")
+    flag("device", "auto", "cpu, cuda, ...; auto: cuda where there is one")
+    parser.add_argument("--watch", nargs="?", const="steps", choices=["steps", "probs"],
+                        help="show every pass; probs: and the probabilities of what ARPC sends back")
+    parser.add_argument("--json", action="store_true", help="print samples and statistics as JSON, one object a batch")
+    return parser
+
+
+def parse_args(argv=None):
+    """(args, options for generate). Raises ValueError for an option that the sampler would ignore."""
+    args = make_parser().parse_args(argv)
+    special = {o for used in SAMPLERS.values() for o in used}
+    options = {o: getattr(args, o) for o in special if getattr(args, o) is not None}
+    for name in sorted(options.keys() - set(SAMPLERS[args.sampler])):
+        raise ValueError(f"--{name} does nothing with --sampler={args.sampler}")
+    if args.prompt and args.template is not None:
+        raise ValueError("--prompt and --template exclude each other: put the prompt into the template")
+    if args.watch and args.json:
+        raise ValueError("--watch and --json exclude each other")
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise ValueError("--num_samples and --batch_size must be at least 1")
+    return args, options
+
+
+def stop_token(args, tokenizer):
+    if args.stop in ("end", "none"):
+        return tokenizer["end"] if args.stop == "end" else None
+    tokens = load_tokenizer(tokenizer)[0](args.stop)
+    if len(tokens) != 1:
+        raise ValueError(f"--stop must be one token; {args.stop!r} is {len(tokens)}")
+    return tokens[0]
+
+
+def main():
+    args, options = parse_args()
+    model, meta = load_checkpoint(args.ckpt, find_device(args.device))
+    tokenizer = meta["meta"]["tokenizer"]
+    decode, stop = load_tokenizer(tokenizer)[1], stop_token(args, tokenizer)
+    length = args.length or model.config.seq_len
+    given = read_given(args, tokenizer, length)
+    watch = make_watcher(decode, sys.stdout.isatty(), args.watch == "probs") if args.watch else None
+    for first in range(0, args.num_samples, args.batch_size):
+        rows = given[first : first + args.batch_size]
+        tokens, stats = generate(model, len(rows), length, sampler=args.sampler, given=rows, temperature=args.temperature, top_k=args.top_k,
+                                 top_p=args.top_p, stop=stop, seed=args.seed, first_row=first, watch=watch, **options)
+        texts = [decode(row[: row.index(stop)] if stop in row else row) for row in tokens.tolist()]
+        if args.json:
+            print(json.dumps({"samples": texts, **stats}))
+            continue
+        for text in texts:
+            print(text, end="\n" + "-" * 80 + "\n")
+        print(f"{stats['nfe']} passes for {stats['tokens']} tokens ({stats['passes_per_token']:.2f} a token), "
+              f"{stats['tokens_per_second']:.0f} tokens/s" + "".join(f", {k.replace('_', ' ')} {stats[k]:g}" for k in ("renoised", "accepted_length") if k in stats))
+
+
+if __name__ == "__main__":
+    run_script(main)

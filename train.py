@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from blockgen import BlockGen, Config, load_weights, noise_levels, read_checkpoint, save_checkpoint, token_losses, uniform
+from blockgen import BlockGen, Config, find_device, load_weights, noise_levels, read_checkpoint, save_checkpoint, token_losses, uniform
 from prepare_data import load_tokenizer, new_parser, prepare, run_script
 from sample import generate
 
@@ -296,19 +296,16 @@ def check_args(args):
 # The run
 
 
-def find_device(args):
+def set_up_device(args):
     """(device, autocast context): every line that depends on the machine."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    name = (f"cuda:{local}" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device={args.device}: there is no such device here") from None
+    local = os.environ.get("LOCAL_RANK")
+    device = find_device(f"cuda:{local}" if local and args.device == "auto" and torch.cuda.is_available() else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        fast = torch.cuda.is_bf16_supported()
+    else:  # a CPU's bfloat16 units pay from some width on
+        fast = args.n_embd >= 256 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and fast)
     return device, torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
@@ -359,7 +356,7 @@ def show_sample(model, meta, args):
 
 def train(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, autocast = find_device(args)
+    device, autocast = set_up_device(args)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     main = rank == 0
