@@ -9,8 +9,8 @@ The bounds are data, not code: one compiled kernel serves every block size and e
 
     python kernels.py           # benchmark: side by side, interleaved, medians, ratios
 """
-import argparse
 import math
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -406,3 +406,84 @@ def block_attention(q, k, v, view):
     if q.is_cuda and triton is not None:
         return attention_triton(q, k, v, view)
     return attention_torch(q, k, v, view)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark
+
+
+def flex(view, device):
+    """flex_attention under the same rule, compiled; it brings its own kernels and needs a GPU for its backward."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rule = lambda b, h, q, k: (k < view.prefix[q]) | ((view.start[q] <= k) & (k < view.end[q]))
+    mask = create_block_mask(rule, None, None, *2 * [view.prefix.shape[-1]], device=device)
+    compiled = torch.compile(flex_attention)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+
+def contenders(q, view, causal_length, device):
+    """{name: function of q, k, v}. The floor: plain causal attention of the clean sequence alone."""
+    mask = view.dense(max(int(view.end.max()), int(view.prefix.max())))
+    fresh = lambda: View(view.prefix, view.start, view.end)  # its plan is worked out anew, as in every training step
+    found = {"block_attention": lambda q, k, v: block_attention(q, k, v, fresh()),
+             "SDPA, dense mask": lambda q, k, v: F.scaled_dot_product_attention(q, *(x[:, :, : mask.shape[-1]] for x in (k, v)), mask)}
+    if causal_length:
+        half = lambda x: x[:, :, :causal_length]
+        found["SDPA, causal, clean half"] = lambda q, k, v: F.scaled_dot_product_attention(half(q), half(k), half(v), is_causal=True)
+        if device.type == "cuda":
+            found["flex_attention"] = flex(view, device)
+    return found
+
+
+def measure(run, device):
+    """(seconds, peak extra MiB or NaN) of one call."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    began = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    return seconds, (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else math.nan
+
+
+def benchmark(device, dtype, repeats):
+    """One table a shape: medians of interleaved calls; speed relative to block_attention's."""
+    print(f"{device}, {dtype}, torch {torch.__version__}; medians of {repeats} interleaved calls")
+    for rows, heads, L, S, D in ((8, 12, 1024, 16, 64), (8, 6, 1024, 16, 64), (8, 6, 256, 16, 64), (64, 6, 32, 16, 64)):
+        compare(f"training, N {rows}, H {heads}, L {L}, S {S}, D {D}", rows, heads, D, train_view(L, S, device=device), 2 * L, L, True, L, device, dtype, repeats)
+    for rows, cached, S in ((1, 1008, 16), (16, 1008, 16), (16, 500, 1)):
+        compare(f"cached, N {rows}, H 12, {cached} keys, S {S}, D 64", rows, 12, 64, denoise_view(torch.tensor(cached, device=device), S, S), 2048, None, False, S,
+                device, dtype, repeats)
+
+
+def compare(title, rows, heads, D, view, n_keys, causal_length, train, tokens, device, dtype, repeats):
+    n_queries = view.prefix.shape[-1]
+    q, k, v = (torch.randn(rows, heads, length, D, device=device, dtype=dtype, requires_grad=train) for length in (n_queries, n_keys, n_keys))
+    for backward in (False, True) if train else (False,):
+        runs, times = {}, {}
+        for name, f in contenders(q, view, causal_length, device).items():
+            runs[name] = lambda f=f: f(q, k, v).sum().backward() if backward else f(q, k, v)
+            times[name] = []
+            runs[name]()
+        for _ in range(repeats):
+            for name, run in runs.items():
+                times[name].append(measure(run, device))
+        print(f"\n{title}, {'forward + backward' if backward else 'forward'}")
+        base = None
+        for name, results in times.items():
+            seconds = sorted(t for t, _ in results)[repeats // 2]
+            base = base or seconds
+            pairs = causal_length * (causal_length + 1) / 2 if "causal" in name else float(view.dense(n_keys).sum())
+            flops = 4 * D * pairs * rows * heads * (3.5 if backward else 1)
+            print(f"  {name:26} {1e3 * seconds:9.2f} ms  speed {base / seconds:5.2f}  {rows * tokens / seconds:12,.0f} tokens/s  "
+                  f"{flops / seconds / 1e12:7.3f} TFLOP/s  {max(m for _, m in results):7.0f} MiB")
+
+
+if __name__ == "__main__":
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    benchmark(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 50 if device.type == "cuda" else 7)

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -319,6 +320,39 @@ def finish(run, seconds):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Quality against passes
+
+GRID = [("ar", {}), *[("ancestral", {"steps": k}) for k in (1, 2, 4, 8, 16)], *[("confidence", {"threshold": p}) for p in (0.5, 0.9)],
+        *[("arpc", {"steps": k, "criterion": c}) for c in ("ar_nll", "kld", "diffusion_confidence", "random") for k in (2, 4, 8)], ("speculative", {})]
+
+
+def quality(tokens, decode, content):
+    """What share of each sample (N, L) is right, (N,): words that the training text has, or transitions that the Markov chain has."""
+    meta = content["meta"]
+    if "transitions" in meta:
+        possible = torch.tensor(meta["transitions"]) > 0
+        return possible[tokens[:, :-1], tokens[:, 1:]].double().mean(1)
+    folder = os.path.join(content["args"]["data_dir"], content["args"]["dataset"])
+    known = set(re.findall(r"[A-Za-z]+", decode(np.fromfile(os.path.join(folder, "train.bin"), meta["dtype"]).tolist())))
+    words = [re.findall(r"[A-Za-z]+", decode(row))[1:-1] for row in tokens.tolist()]  # the outer ones may be cut
+    return torch.tensor([sum(w in known for w in row) / max(1, len(row)) for row in words], dtype=torch.float64)
+
+
+def print_table(model, content, decode, args):
+    """Each sampler of GRID: passes a token, quality, entropy of the tokens (a collapsed model writes few different ones), tokens/s."""
+    kind = "valid transitions" if "transitions" in content["meta"] else "known words"
+    print(f"{args.ckpt}: {model.config.noise} noise, {args.num_samples} samples of {model.config.seq_len} tokens; ± standard error\n"
+          f"{'sampler':45} {'passes/token':>12} {kind:>18} {'entropy':>8} {'tokens/s':>9}")
+    for sampler, options in GRID:
+        tokens, stats = generate(model, args.num_samples, model.config.seq_len, sampler=sampler, seed=args.seed, temperature=args.temperature, **options)
+        right = quality(tokens.cpu(), decode, content)
+        frequency = torch.bincount(tokens.flatten(), minlength=model.config.vocab_size).double() / tokens.numel()
+        entropy = -(frequency * frequency.clamp(min=1e-300).log()).sum()
+        print(f"{sampler + ' ' + ' '.join(f'{k}={v}' for k, v in options.items()):45} {stats['nfe'] / model.config.seq_len:12.3f} "
+              f"{right.mean():11.3f} ± {right.std() / len(right) ** 0.5:.3f} {entropy:8.2f} {stats['tokens_per_second']:9.0f}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -404,6 +438,7 @@ def make_parser():
     flag("device", "auto", "cpu, cuda, ...; auto: cuda where there is one")
     parser.add_argument("--watch", nargs="?", const="steps", choices=["steps", "probs"],
                         help="show every pass; probs: and the probabilities of what ARPC sends back")
+    parser.add_argument("--table", action="store_true", help="no text: quality against passes for every sampler, over num_samples samples")
     parser.add_argument("--json", action="store_true", help="print samples and statistics as JSON, one object a batch")
     return parser
 
@@ -438,6 +473,8 @@ def main():
     model, meta = load_checkpoint(args.ckpt, find_device(args.device))
     tokenizer = meta["meta"]["tokenizer"]
     decode, stop = load_tokenizer(tokenizer)[1], stop_token(args, tokenizer)
+    if args.table:
+        return print_table(model, meta, decode, args)
     length = args.length or model.config.seq_len
     given = read_given(args, tokenizer, length)
     watch = make_watcher(decode, sys.stdout.isatty(), args.watch == "probs") if args.watch else None

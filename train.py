@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict, fields
 
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from blockgen import BlockGen, Config, find_device, load_weights, noise_levels, read_checkpoint, save_checkpoint, token_losses, uniform
+from blockgen import BlockGen, Config, find_device, load_checkpoint, load_weights, noise_levels, read_checkpoint, save_checkpoint, token_losses, uniform
 from prepare_data import load_tokenizer, new_parser, prepare, run_script
 from sample import generate
 
@@ -120,6 +121,79 @@ def describe(losses, meta):
     return " | ".join(words)
 
 
+def likelihood(path, args, device):
+    """What --eval_only says of a checkpoint: NELBO for each block size, and the bounds of the mixture it was trained on.
+
+    The model that first draws a block size with the trained weights w has -log p(x) = -log sum_S w_S p_S(x), which is at most
+    -log sum_S w_S exp(-NELBO_S(x)), the log-sum-exp bound, which is at most sum_S w_S NELBO_S(x), Jensen's. Both are taken per
+    sequence, after averaging its draws: what noise is left in NELBO_S(x) biases the first one down, so use several draws."""
+    model, content = load_checkpoint(path, device)
+    L, mixture = model.config.seq_len, dict(zip(content["args"]["block_sizes"], content["args"]["block_weights"]))
+    tokens, meta = open_data(os.path.join(args.data_dir, content["args"]["dataset"]))[1:]
+    n_seqs = min(args.eval_seqs, len(tokens) // L)
+    sizes = sorted({min(L, S) for S in args.eval_block_sizes} | mixture.keys())
+    losses = {S: evaluate(model, tokens, S, n_seqs, args.eval_draws) for S in sizes}
+    total = torch.stack([losses[S].mean(0) for S in mixture]) * L  # (sizes, n_seqs) nats per sequence
+    log_w = torch.tensor(list(mixture.values()), dtype=torch.float64).log()[:, None]
+    losses["mixture: Jensen"] = (log_w.exp() * total).sum(0, keepdim=True) / L
+    losses["mixture: log-sum-exp"] = -torch.logsumexp(log_w - total, 0, keepdim=True) / L
+    if "entropy_rate" in meta:
+        losses["true entropy"] = torch.full((1, 1), (meta["first_nats"] + (L - 1) * meta["entropy_rate"]) / L).double()
+    rows = {}
+    for name, (mean, error) in ((str(k), summary(x)) for k, x in losses.items()):
+        bits = mean / math.log(2)
+        per_byte = bits / meta["bytes_per_token"] if "bytes_per_token" in meta else None
+        rows[name] = dict(nats=mean, error=error, bits=bits, bits_per_byte=per_byte, perplexity=math.exp(mean))
+    return dict(checkpoint=path, noise=model.config.noise, trained=mixture, step=content["step"], draws=args.eval_draws, seqs=n_seqs, rows=rows)
+
+
+def eval_only(args):
+    """Print a table for each checkpoint of --compare (OUT_DIR/ckpt.pt), then NELBOs side by side; write OUT_DIR/eval.json."""
+    device = set_up_device(args)[0]
+    results = [likelihood(path, args, device) for path in args.compare or [os.path.join(args.out_dir, "ckpt.pt")]]
+    for r in results:
+        mixture = ", ".join(f"{S}: {w:g}" for S, w in r["trained"].items())
+        print(f"\n{r['checkpoint']}: {r['noise']} noise, trained on {{{mixture}}}, {r['step']} steps; {r['seqs']} sequences, {r['draws']} draws")
+        print(f"{'block size':>22} {'nats/token':>11} {'± s.e.':>8} {'bits/token':>11} {'bits/byte':>10} {'perplexity':>11}")
+        for name, x in r["rows"].items():
+            byte = f"{x['bits_per_byte']:10.4f}" if x["bits_per_byte"] else f"{'':>10}"
+            print(f"{name:>22} {x['nats']:11.4f} {x['error']:8.4f} {x['bits']:11.4f} {byte} {x['perplexity']:11.2f}")
+    if len(results) > 1:
+        print("\nnats per token, side by side")
+        for i, r in enumerate(results):
+            print(f"  ({i + 1}) {r['checkpoint']}")
+        names = list(dict.fromkeys(name for r in results for name in r["rows"]))
+        print(f"{'block size':>22}" + "".join(f"{f'({i + 1})':>9}" for i in range(len(results))))
+        for name in names:
+            print(f"{name:>22}" + "".join(f"{r['rows'][name]['nats']:9.4f}" if name in r["rows"] else f"{'':>9}" for r in results))
+    os.makedirs(args.out_dir, exist_ok=True)
+    with open(os.path.join(args.out_dir, "eval.json"), "w") as file:
+        json.dump(results, file, indent=1)
+    if args.plot:
+        plot(results, args.plot)
+
+
+def plot(results, path):
+    """NELBO against block size, one line a checkpoint."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.figure(figsize=(7, 4.5))
+    for r in results:
+        points = [(int(name), x["nats"], x["error"]) for name, x in r["rows"].items() if name.isdigit()]
+        plt.errorbar(*zip(*points), marker="o", capsize=3, label=f"{r['noise']} {{{', '.join(map(str, r['trained']))}}}")
+    plt.xscale("log", base=2)
+    plt.xlabel("block size")
+    plt.ylabel("NELBO, nats per token")
+    plt.legend(fontsize=8)
+    plt.tight_layout()
+    plt.savefig(path, dpi=120)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimization
 
@@ -175,6 +249,14 @@ def accumulate_gradients(model, args, tokens, step, rank=0, world=1, device="cpu
     return total.item()
 
 
+def anyone(flag, world, device):
+    """Whether the flag is up on any process: all have to stop at the same step."""
+    total = torch.tensor(float(flag), device=device)
+    if world > 1:
+        dist.all_reduce(total)
+    return total.item() > 0
+
+
 def check_loss(loss, recent, step, vocab_size):
     """Raise ValueError if the loss is NaN or explodes: the last checkpoint was saved before that."""
     if not math.isfinite(loss):
@@ -196,7 +278,7 @@ def numbers(kind):
     def parse(text):
         return [kind(x) for x in str(text).split(",")]
 
-    parse.__name__ = f"list of {kind.__name__}"
+    parse.__name__ = "comma-separated list"
     return parse
 
 
@@ -235,11 +317,11 @@ def make_parser():
     flag("block_weights", "0.5,0.5", "share of each in the rows of a batch", type=numbers(float))
     flag("loss", "nelbo", "nelbo: the likelihood bound; ce: unweighted cross-entropy (masked noise)", choices=["nelbo", "ce"])
     # optimization
-    flag("max_iters", 2000, "steps")
-    flag("batch_size", 16, "rows a step, over all processes and parts")
+    flag("max_iters", 1800, "steps")
+    flag("batch_size", 8, "rows a step, over all processes and parts")
     flag("grad_accum", 1, "parts that the rows of a process are worked off in")
     flag("optimizer", "muon", "muon (for the matrices) or adamw", choices=["muon", "adamw"])
-    flag("learning_rate", 3e-3, "peak learning rate")
+    flag("learning_rate", 6e-3, "peak learning rate")
     flag("lr_decay", "cosine", "after the warm-up", choices=["cosine", "constant"])
     flag("warmup_iters", 50, "steps of linear warm-up")
     flag("weight_decay", 0.01, "on matrices")
@@ -247,8 +329,13 @@ def make_parser():
     flag("grad_clip", 1.0, "largest norm of the gradient; 0: any")
     flag("ema", 0.99, "decay of the average of the weights that is evaluated and sampled; 0: none")
     # evaluation, machine
-    flag("eval_interval", 500, "steps between evaluations, each with a sample and a checkpoint")
+    flag("eval_interval", 300, "steps between evaluations, each with a sample and a checkpoint")
     flag("eval_seqs", 64, "validation sequences, always the same, with the same noise")
+    parser.add_argument("--eval_only", action="store_true", help="no training: the likelihood of OUT_DIR/ckpt.pt, as a table and OUT_DIR/eval.json")
+    parser.add_argument("--compare", nargs="+", metavar="CKPT", help="with --eval_only: of these checkpoints, side by side")
+    parser.add_argument("--plot", metavar="PNG", help="with --eval_only: NELBO against block size (needs matplotlib)")
+    flag("eval_block_sizes", "1,2,4,8,16,L", "with --eval_only: block sizes; L is the length", type=numbers(lambda s: 2**30 if s == "L" else int(s)))
+    flag("eval_draws", 8, "with --eval_only: draws of the noise for each sequence")
     flag("device", "auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     flag("dtype", "auto", "of the matrix products; auto: bfloat16 where the hardware has it", choices=["auto", "float32", "bfloat16"])
     flag("compile", False, "torch.compile the layers")
@@ -265,7 +352,7 @@ def parse_args(argv=None):
         saved = read_checkpoint(os.path.join(first.out_dir, "ckpt.pt"))["args"]
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "out_dir", "device")})
     args = parser.parse_args(argv)
-    given = {a.split("=")[0].lstrip("-") for a in (argv if argv is not None else os.sys.argv[1:])}
+    given = {a.split("=")[0].lstrip("-") for a in (argv if argv is not None else sys.argv[1:])}
     if "block_sizes" in given and "block_weights" not in given:
         args.block_weights = [1 / len(args.block_sizes)] * len(args.block_sizes)
     check_args(args)
@@ -274,7 +361,11 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Raises ValueError with a line for the user."""
-    at_least = dict(max_iters=1, batch_size=1, grad_accum=1, eval_interval=1, eval_seqs=1, warmup_iters=0, learning_rate=0, weight_decay=0, grad_clip=0)
+    if (args.compare or args.plot) and not args.eval_only:
+        raise ValueError("--compare and --plot go with --eval_only")
+    if min(args.eval_block_sizes) < 1:
+        raise ValueError("--eval_block_sizes must be at least 1")
+    at_least = dict(max_iters=1, eval_draws=1, batch_size=1, grad_accum=1, eval_interval=1, eval_seqs=1, warmup_iters=0, learning_rate=0, weight_decay=0, grad_clip=0)
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
@@ -370,7 +461,6 @@ def train(args):
     os.makedirs(args.out_dir, exist_ok=True)
     first = restore(path, model, average, optimizers) if args.resume else 0
     log = open_log(os.path.join(args.out_dir, "log.jsonl"), first) if main else None
-    trunk = model.trunk
     if args.compile:
         model.trunk = torch.compile(model.trunk)
     stop = []
@@ -382,11 +472,9 @@ def train(args):
                         optimizers=[o.state_dict() for o in optimizers], meta=meta)
 
     def report(step):
-        losses = {}
-        with autocast:
-            for size in args.block_sizes:
-                losses[size] = evaluate(average, val_tokens, size, min(args.eval_seqs, len(val_tokens) // args.seq_len))
-            text = show_sample(average, meta, args)
+        n_seqs = min(args.eval_seqs, len(val_tokens) // args.seq_len)
+        losses = {size: evaluate(average, val_tokens, size, n_seqs) for size in args.block_sizes}
+        text = show_sample(average, meta, args)
         bar.write(f"step {step}: {describe(losses, meta)}\n    {text[:400]!r}")
         log.write(json.dumps({"step": step, "val": {s: summary(x) for s, x in losses.items()}}) + "\n")
         log.flush()
@@ -396,9 +484,9 @@ def train(args):
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}, {len(train_tokens):,} training tokens; "
               f"unigram entropy {meta['unigram_nats']:.3f} nats" + (f", of the chain {meta['entropy_rate']:.3f}" if "entropy_rate" in meta else ""))
     bar = tqdm(total=args.max_iters, initial=first, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5)
-    recent, shown, began = None, {}, time.time()
-    for step in range(first, args.max_iters):
-        if main and step % args.eval_interval == 0 and step > first:
+    recent, shown, began, step = None, {}, time.time(), first
+    while step < args.max_iters and not anyone(bool(stop), world, device):
+        if main and step % args.eval_interval == 0 and step > 0:
             shown = report(step)
             save(step)
         for optimizer in optimizers:
@@ -414,14 +502,12 @@ def train(args):
         for optimizer in optimizers:
             optimizer.step()
         update_average(average, model, args.ema, step)
+        step += 1
         bar.update()
         if main:
-            speed = (step + 1 - first) * args.batch_size * args.seq_len / (time.time() - began)
+            speed = (step - first) * args.batch_size * args.seq_len / (time.time() - began)
             bar.set_postfix(loss=f"{recent:.3f}", **shown, tok_s=f"{speed:,.0f}", refresh=False)
-            log.write(json.dumps({"step": step, "loss": loss}) + "\n")
-        if stop:
-            break
-    step += 1
+            log.write(json.dumps({"step": step - 1, "loss": loss}) + "\n")
     if main:
         if step == args.max_iters:
             report(step)
@@ -434,7 +520,8 @@ def train(args):
 
 
 def main():
-    train(parse_args())
+    args = parse_args()
+    eval_only(args) if args.eval_only else train(args)
 
 
 if __name__ == "__main__":
