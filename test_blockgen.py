@@ -105,19 +105,24 @@ def noisy_states(noise):
     return torch.tensor(list(itertools.product(range(noise.n_embeddings), repeat=n)))
 
 
-def integrated_nelbo(noise, p, schedule, leave_one_out=True, points=48):
-    """E over x0, xt and t of the NELBO with the exact denoiser; t by Gauss-Legendre in s, t = s^2 (the integrand has a log at 0)."""
+def exact_nelbo(noise, answer, x0, schedule=blockgen.linear, points=48):
+    """NELBO of sequences x0 (M, n) as one block, nats (M,), for a denoiser answer(alpha) -> logits (states, n, V) for every noisy state.
+    The noise is enumerated, t integrated by Gauss-Legendre in s, t = s^2 (the integrand has a log at 0)."""
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    xt, total = noisy_states(noise), 0.0
+    clean, noisy = torch.broadcast_tensors(x0[:, None], noisy_states(noise))  # (M, states, n)
+    total = torch.zeros(len(x0), dtype=torch.float64)
     for s, w in zip((nodes + 1) / 2, weights / 2):
-        t = torch.tensor(s * s, dtype=torch.float64)
-        alpha, dalpha = schedule(t)
-        x0, noisy = torch.broadcast_tensors(STATES[:, None], xt)  # (V^n, M, n)
-        logits = exact_denoiser(noise, p, xt, alpha, leave_one_out).log().expand(*x0.shape, V)
-        chance = p[:, None] * likelihood(noise, x0, noisy, alpha).prod(-1)  # (V^n, M)
-        loss = noise.nelbo(logits, x0, noisy, alpha, dalpha).double().sum(-1)
-        total += w * 2 * s * (chance * loss)[chance > 0].sum()
-    return float(total)
+        alpha, dalpha = schedule(torch.tensor(s * s, dtype=torch.float64))
+        chance = likelihood(noise, clean, noisy, alpha).prod(-1)  # (M, states)
+        loss = noise.nelbo(answer(alpha).expand(*clean.shape, V), clean, noisy, alpha, dalpha).double().sum(-1)
+        total += w * 2 * s * torch.where(chance > 0, chance * loss, 0.0).sum(1)
+    return total
+
+
+def integrated_nelbo(noise, p, schedule, leave_one_out=True):
+    """Its expectation over x0 ~ p, with the exact denoiser."""
+    answer = lambda alpha: exact_denoiser(noise, p, noisy_states(noise), alpha, leave_one_out).log()
+    return float((p * exact_nelbo(noise, answer, STATES, schedule)).sum())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -186,13 +191,16 @@ def test_step_and_corrupt_draw_from_their_laws(name):
         assert ((counts - expected) ** 2 / expected)[live].sum() < live.sum() - 1 + 5 * math.sqrt(2 * (live.sum() - 1))
 
 
-def ancestral_law(noise, p, steps):
-    """The exact law of ancestral sampling with the exact denoiser, (K,) * n, by pushing the whole distribution through the steps."""
+def ancestral_law(noise, denoiser, steps):
+    """The exact law of ancestral sampling over STATES, by pushing the whole distribution through the steps.
+    denoiser(xt (M, n), alpha) -> (M, n, V); or a distribution p, for its exact denoiser."""
+    p = denoiser
+    denoiser = denoiser if callable(denoiser) else lambda xt, alpha: exact_denoiser(noise, p, xt, alpha)
     xt, K = noisy_states(noise), noise.n_embeddings
     law = (xt == noise.mask).all(1).double() if noise.mask is not None else torch.full((len(xt),), 1 / len(xt), dtype=torch.float64)
     for k in range(steps):
         alpha_t, alpha_s = k / steps, (k + 1) / steps
-        each = noise.posterior(exact_denoiser(noise, p, xt, alpha_t), xt, alpha_s, alpha_t)  # (M, n, K)
+        each = noise.posterior(denoiser(xt, alpha_t), xt, alpha_s, alpha_t)  # (M, n, K)
         joint = torch.einsum("ma,mb,mc->mabc", *each.unbind(1))
         law = torch.einsum("m,mabc->abc", law, joint).flatten()
     return law.view(K, K, K)[:V, :V, :V].flatten()
@@ -906,11 +914,89 @@ def test_sample_command_line(checkpoint, capsys):
     assert "\033" not in out and "passes for" in out and "AR" in out and "\nC" in out
 
 
-def test_model_learns_a_markov_chain(data_dir, tmp_path):
-    """A minute's proof that it all hangs together: far below the unigram entropy, near the chain's own, after few steps."""
-    flags = ["--max_iters=400", "--n_embd=32", "--seq_len=32", "--batch_size=16", "--learning_rate=0.01", "--dropout=0", "--warmup_iters=20", "--eval_seqs=64"]
-    run_training(data_dir, tmp_path, *flags, "--block_sizes=1,4")
-    last = [json.loads(line) for line in open(tmp_path / "log.jsonl") if "val" in line][-1]["val"]
+@pytest.fixture(scope="session")
+def learned(data_dir, tmp_path_factory):
+    """The checkpoints of small models that have learned the Markov chain, by noise."""
+    flags = ["--max_iters=400", "--n_embd=32", "--seq_len=32", "--batch_size=16", "--learning_rate=0.01", "--dropout=0", "--warmup_iters=20",
+             "--eval_seqs=64", "--block_sizes=1,4"]
+    out = {noise: tmp_path_factory.mktemp(noise) for noise in NOISES}
+    for noise, folder in out.items():
+        run_training(data_dir, folder, *flags, f"--noise={noise}")
+    return out
+
+
+def test_model_learns_a_markov_chain(data_dir, learned):
+    """It all hangs together: after few steps far below the unigram entropy, near the chain's own, and never below it."""
     meta = json.load(open(os.path.join(data_dir, "markov", "meta.json")))
     truth = (meta["first_nats"] + 31 * meta["entropy_rate"]) / 32
-    assert truth - 0.05 < last["1"][0] < truth + 0.35 * (meta["unigram_nats"] - truth)
+    for noise, folder in learned.items():
+        last = [json.loads(line) for line in open(folder / "log.jsonl") if "val" in line][-1]["val"]
+        for S, share in (("1", 0.35), ("4", 0.6)):
+            assert truth - 0.05 < last[S][0] < truth + share * (meta["unigram_nats"] - truth), (noise, S)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihood
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@torch.no_grad()
+def test_the_bounds_are_bounds(noise):
+    """For a model small enough to enumerate: NELBO(3), and the log-sum-exp bound of a mixture of block sizes 1 and 3, against the exact
+    likelihoods; p_3 is the law of ancestral sampling in many steps. evaluate() estimates that NELBO without bias."""
+    model = tiny(noise, vocab_size=V, seq_len=n)
+    answer = lambda xt, alpha=None: model(torch.zeros_like(xt), xt, n).double()
+    nelbo = exact_nelbo(model.noise, lambda alpha: answer(noisy_states(model.noise)), STATES)
+    p3 = ancestral_law(model.noise, lambda xt, alpha: answer(xt).softmax(-1), 500)
+    assert (nelbo > -p3.log() - 1e-3).all() and (nelbo > -p3.log() + 1e-3).any()
+    z = torch.full((1, n), model.noise.mask if noise == "masked" else 1)  # the noise that the AR side reads from
+    p1 = model(STATES, z.expand(len(STATES), n), 1).double().log_softmax(-1).gather(-1, STATES[..., None])[..., 0].sum(1).exp()
+    assert p1.sum() == pytest.approx(1)
+    both = torch.stack([-p1.log(), nelbo])
+    log_sum_exp = -torch.logsumexp(math.log(0.5) - both, 0)
+    assert (log_sum_exp > -(0.5 * p1 + 0.5 * p3).log() - 1e-3).all() and (log_sum_exp <= both.mean(0) + 1e-12).all()
+    draws = train.evaluate(model, STATES.flatten().numpy(), n, len(STATES), 600, batch_size=27).mean(1) * n
+    assert abs(draws.mean() - nelbo.mean()) < 4 * draws.std() / 600**0.5 + 2e-3  # 2e-3: t starts at 1e-3, not at 0
+
+
+def test_more_draws_shrink_the_error_like_one_over_the_root(data_dir, learned):
+    model, tokens = load_checkpoint(learned["masked"] / "ckpt.pt")[0], train.open_data(os.path.join(data_dir, "markov"))[1]
+    means = train.evaluate(model, tokens, 4, 4, draws=400, batch_size=4).mean(1)  # one estimate a draw
+    ratio = means.std() / means.view(25, 16).mean(1).std()
+    assert 2.8 < ratio < 5.6  # 4, and its own error
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_noise_levels_of_their_own_cut_the_variance(data_dir, learned, noise):
+    """One stratified level a block against one a sequence: variance of the NELBO of a batch, and of its gradient. Printed with -s."""
+    model, tokens = load_checkpoint(learned[noise] / "ckpt.pt")[0], train.open_data(os.path.join(data_dir, "markov"))[0]
+    x0, sizes, rows = train.crops(tokens, torch.arange(0, 8 * 32, 32), 32, "cpu"), torch.full((8,), 4), torch.arange(8)
+    spread = {}
+    for kind in ("block", "sequence"):
+        losses, gradients = [], []
+        for trial in range(300):
+            shift = torch.stack([uniform(trial, 0).expand(8), uniform(trial, 1, rows)], 1)
+            t = noise_levels(shift, rows / 8, sizes if kind == "block" else torch.full((8,), 32), 32)
+            loss = token_losses(model, x0, sizes, t, uniform(trial, 2, rows[:, None], torch.arange(32))).mean()
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+            losses.append(loss.detach())
+        spread[kind] = torch.stack(losses).var().item(), torch.stack(gradients).var(0).sum().item()
+    estimate, gradient = (a / b for a, b in zip(spread["sequence"], spread["block"]))
+    print(f"\n{noise}: variance with one level a sequence / a block: estimate {estimate:.2f}, gradient {gradient:.2f}")
+    assert estimate > 1 and gradient > 1
+
+
+def test_likelihood_tables(data_dir, learned, tmp_path, capsys):
+    paths = [str(folder / "ckpt.pt") for folder in learned.values()]
+    flags = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--eval_only", "--eval_block_sizes=1,2,4,L", "--eval_draws=2", "--eval_seqs=16", "--device=cpu"]
+    assert call(train, *flags, "--compare", *paths) == 0
+    out = capsys.readouterr().out
+    masked, uniform_ = json.load(open(tmp_path / "eval.json"))
+    assert set(masked["rows"]) == {"1", "2", "4", "32", "mixture: Jensen", "mixture: log-sum-exp", "true entropy"} and "side by side" in out
+    for result in (masked, uniform_):
+        nats = {k: x["nats"] for k, x in result["rows"].items()}
+        assert nats["mixture: log-sum-exp"] <= nats["mixture: Jensen"] == pytest.approx((nats["1"] + nats["4"]) / 2)
+        assert nats["true entropy"] < nats["1"] and result["rows"]["1"]["perplexity"] == pytest.approx(math.exp(nats["1"]))
+    first = (tmp_path / "eval.json").read_text()
+    assert call(train, *flags, "--compare", *paths) == 0 and (tmp_path / "eval.json").read_text() == first
+    assert "--eval_only" in refused(train, capsys, "--compare", paths[0])

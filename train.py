@@ -257,10 +257,10 @@ def anyone(flag, world, device):
     return total.item() > 0
 
 
-def check_loss(loss, recent, step, vocab_size):
-    """Raise ValueError if the loss is NaN or explodes: the last checkpoint was saved before that."""
-    if not math.isfinite(loss):
-        why = f"the loss is {loss}"
+def check_loss(loss, recent, norm, step, vocab_size):
+    """Raise ValueError if loss or gradient is NaN, or the loss explodes: the last checkpoint was saved before that."""
+    if not math.isfinite(loss + norm):
+        why = f"the loss is {loss}, the norm of its gradient {norm}"
     elif recent > 5 * math.log(vocab_size) + 5:
         why = f"the loss has risen to {recent:.1f} nats"
     else:
@@ -496,9 +496,8 @@ def train(args):
         model.train()
         loss = accumulate_gradients(model, args, train_tokens, step, rank, world, device, autocast)
         recent = loss if recent is None else 0.95 * recent + 0.05 * loss
-        check_loss(loss, recent, step, meta["vocab_size"])
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        check_loss(loss, recent, norm, step, meta["vocab_size"])
         for optimizer in optimizers:
             optimizer.step()
         update_average(average, model, args.ema, step)
