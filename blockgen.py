@@ -12,6 +12,7 @@ noisy ones, t in (0, 1] the noise level, alpha(t) the probability that a token i
 
 BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM, arXiv 2503.09573.
 """
+import json
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -438,8 +439,11 @@ def read_checkpoint(path, device="cpu"):
     return content
 
 
-def load_checkpoint(path, device="cpu"):
-    """(model in evaluation mode, everything else in the file). Averaged weights are taken where the file has them."""
+def load_checkpoint(path, device="cpu", noise=None):
+    """(model in evaluation mode, everything else in the file): a .pt file of ours, of which the averaged weights are taken; or a folder,
+    or hf:org/repo/subfolder, in the layout of the published BlockGen checkpoints, with their kind of noise if it cannot be told."""
+    if path.startswith("hf:") or os.path.isdir(path):
+        return load_published(path, device, noise)
     content = read_checkpoint(path, device)
     model = BlockGen(Config(**content["config"]))
     load_weights(model, content.get("ema") or content["model"], path)
@@ -448,10 +452,82 @@ def load_checkpoint(path, device="cpu"):
 
 def load_weights(model, weights, path):
     """load_state_dict, but what does not fit is one line (ValueError)."""
-    own = model.state_dict()
-    wrong = [f"missing {k}" for k in own.keys() - weights.keys()] + [f"unexpected {k}" for k in weights.keys() - own.keys()]
-    wrong += [f"{k} has shape {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-              for k in own.keys() & weights.keys() if weights[k].shape != own[k].shape]
+    check_shapes({k: tuple(v.shape) for k, v in model.state_dict().items()}, weights, path)
+    model.load_state_dict(weights)
+
+
+def check_shapes(expected, weights, path):
+    """Raise ValueError unless the weights are all there, of the expected shapes, finite, and no others."""
+    wrong = [f"missing {k}" for k in expected.keys() - weights.keys()] + [f"unexpected {k}" for k in weights.keys() - expected.keys()]
+    for name in expected.keys() & weights.keys():
+        if tuple(weights[name].shape) != expected[name]:
+            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {expected[name]}")
+        elif not weights[name].isfinite().all():
+            wrong.append(f"{name} is not finite")
     if wrong:
         raise ValueError(f"{path} does not fit the model: {', '.join(sorted(wrong))}")
-    model.load_state_dict(weights)
+
+
+def read_published(path):
+    """(config dict, tensors) of config.json and model.safetensors in a folder or on the Hugging Face hub."""
+    try:
+        from safetensors.torch import load_file
+
+        if path.startswith("hf:"):
+            from huggingface_hub import snapshot_download
+
+            org, repo, *folder = path[3:].split("/")
+            files = ["/".join([*folder, name]) for name in ("config.json", "model.safetensors")]
+            path = os.path.join(snapshot_download(f"{org}/{repo}", allow_patterns=files), *folder)
+    except ImportError as error:
+        raise ImportError(f"published checkpoints need {error.name}: pip install {error.name}") from None
+    try:
+        with open(os.path.join(path, "config.json")) as file:
+            config = json.load(file)
+        return config, load_file(os.path.join(path, "model.safetensors"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is no published checkpoint: it has no {os.path.basename(error.filename or 'model.safetensors')}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def load_published(path, device, noise):
+    """The authors' network is a DiT whose time condition is always that of sigma = 0, so that adaLN is a constant, and folds exactly:
+    scale and shift into the LayerNorms, the gates into the rows of the projections behind them."""
+    config, w = read_published(path)
+    try:
+        d, c, layers, heads, length = (config[k] for k in ("hidden_size", "cond_dim", "n_blocks", "n_heads", "length"))
+    except KeyError as error:
+        raise ValueError(f"{path}: config.json has no {error}") from None
+    K = len(w.get("vocab_embed.embedding", ()))
+    noise = noise or {50257: "uniform", 50258: "masked"}.get(K)  # GPT-2's vocabulary, without and with a mask
+    if noise is None:
+        raise ValueError(f"{path} has {K} embeddings: say by --noise=masked or --noise=uniform whether the last one is the mask")
+    V = K - (noise == "masked")
+    shapes = {"vocab_embed.embedding": (K, d), "rotary_emb.inv_freq": (d // heads // 2,), "sigma_map.mlp.0.weight": (c, 256), "sigma_map.mlp.0.bias": (c,),
+              "sigma_map.mlp.2.weight": (c, c), "sigma_map.mlp.2.bias": (c,), "output_layer.norm_final.weight": (d,), "output_layer.linear.weight": (K, d),
+              "output_layer.linear.bias": (K,), "output_layer.adaLN_modulation.weight": (2 * d, c), "output_layer.adaLN_modulation.bias": (2 * d,)}
+    of_block = {"norm1.weight": (d,), "attn_qkv.weight": (3 * d, d), "attn_out.weight": (d, d), "norm2.weight": (d,), "mlp.0.weight": (4 * d, d), "mlp.0.bias": (4 * d,),
+                "mlp.2.weight": (d, 4 * d), "mlp.2.bias": (d,), "adaLN_modulation.weight": (6 * d, c), "adaLN_modulation.bias": (6 * d,)}
+    check_shapes(shapes | {f"blocks.{i}.{k}": v for i in range(layers) for k, v in of_block.items()}, w, path)
+    model = BlockGen(Config(V, length, layers, heads, d, noise=noise, token_causal=bool(config.get("x0_causal", True)), tied=False, noisy_gain=1.0))
+    if not torch.allclose(w["rotary_emb.inv_freq"].float(), model.angles[1], rtol=1e-4):
+        raise ValueError(f"{path}: rotary_emb.inv_freq is not that of base 10000")
+    w = {k: v.double() for k, v in w.items()}
+    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    sigma = torch.cat([torch.ones(128), torch.zeros(128)]).double()  # cosines and sines of 0
+    condition = F.silu(linear(F.silu(linear(sigma, "sigma_map.mlp.0")), "sigma_map.mlp.2"))
+    shift, scale = linear(condition, "output_layer.adaLN_modulation").chunk(2)
+    new = {"embedding.weight": w["vocab_embed.embedding"], "noisy_gain": torch.tensor(1.0), "norm.weight": w["output_layer.norm_final.weight"] * (1 + scale),
+           "norm.bias": shift, "head.weight": w["output_layer.linear.weight"][:V], "head.bias": w["output_layer.linear.bias"][:V]}
+    for i in range(layers):
+        old = f"blocks.{i}."
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(condition, old + "adaLN_modulation").chunk(6)
+        folded = {"norm1.weight": w[old + "norm1.weight"] * (1 + scale1), "norm1.bias": shift1, "qkv.weight": w[old + "attn_qkv.weight"],
+                  "attn_out.weight": gate1[:, None] * w[old + "attn_out.weight"], "norm2.weight": w[old + "norm2.weight"] * (1 + scale2), "norm2.bias": shift2,
+                  "mlp_in.weight": w[old + "mlp.0.weight"], "mlp_in.bias": w[old + "mlp.0.bias"],
+                  "mlp_out.weight": gate2[:, None] * w[old + "mlp.2.weight"], "mlp_out.bias": gate2 * w[old + "mlp.2.bias"]}
+        new |= {old + k: v for k, v in folded.items()}
+    load_weights(model, {k: v.float() for k, v in new.items()}, path)
+    tokenizer = {"kind": "gpt2", "vocab_size": 50257, "end": 50256} if V == 50257 else None
+    return model.to(device).eval(), {"config": asdict(model.config), "meta": {"tokenizer": tokenizer, "vocab_size": V}, "args": {}, "step": 0}

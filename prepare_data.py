@@ -276,7 +276,7 @@ def stream_dataset(documents, folder, shard=1000):
 
 def write_dataset(folder, make):
     """make(temporary folder) -> (arrays, meta); the folder appears under its name only when it is complete."""
-    temporary = f"{folder}.tmp"
+    temporary = f"{folder}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     try:

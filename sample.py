@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blockgen import SCHEDULES, draw, find_device, load_checkpoint, uniform
+from blockgen import NOISES, SCHEDULES, draw, find_device, load_checkpoint, uniform
 from prepare_data import load_tokenizer, new_parser, run_script
 
 REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL = range(5)  # what a random number is for; part of its key
@@ -415,7 +415,8 @@ def make_parser():
         default = 16 if name == "block_size" else defaults[name]
         parser.add_argument(f"--{name}", **{"type": type(default), **more}, help=f"{help} (default: {default}; for {users})")
 
-    flag("ckpt", "out/ckpt.pt", "a checkpoint that train.py wrote")
+    flag("ckpt", "out/ckpt.pt", "a checkpoint: of train.py, a published folder, or hf:org/repo/subfolder")
+    parser.add_argument("--noise", choices=list(NOISES), help="of a published checkpoint that does not tell (default: by the size of its vocabulary)")
     flag("sampler", "ancestral", "how to sample", choices=list(SAMPLERS))
     flag("num_samples", 1, "how many samples")
     flag("batch_size", 16, "how many of them at a time; changes no sample")
@@ -470,8 +471,10 @@ def stop_token(args, tokenizer):
 
 def main():
     args, options = parse_args()
-    model, meta = load_checkpoint(args.ckpt, find_device(args.device))
+    model, meta = load_checkpoint(args.ckpt, find_device(args.device), args.noise)
     tokenizer = meta["meta"]["tokenizer"]
+    if tokenizer is None:
+        raise ValueError(f"{args.ckpt} has a vocabulary of {model.config.vocab_size} tokens whose tokenizer is not known here")
     decode, stop = load_tokenizer(tokenizer)[1], stop_token(args, tokenizer)
     if args.table:
         return print_table(model, meta, decode, args)

@@ -1000,3 +1000,110 @@ def test_likelihood_tables(data_dir, learned, tmp_path, capsys):
     first = (tmp_path / "eval.json").read_text()
     assert call(train, *flags, "--compare", *paths) == 0 and (tmp_path / "eval.json").read_text() == first
     assert "--eval_only" in refused(train, capsys, "--compare", paths[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published checkpoints
+
+
+PUBLISHED = dict(name="blockgen", type="ddit", hidden_size=24, cond_dim=10, length=21, n_blocks=2, n_heads=2, dropout=0.1, attn_backend="flash_attn", x0_causal=True)
+
+
+def published_tensors(K, seed=0):
+    """Random weights in the published layout, none of them trivial."""
+    torch.manual_seed(seed)
+    d, c = PUBLISHED["hidden_size"], PUBLISHED["cond_dim"]
+    rand = lambda *shape: 0.2 * torch.randn(shape)
+    w = {"vocab_embed.embedding": rand(K, d), "rotary_emb.inv_freq": 10000.0 ** -(torch.arange(0, 12, 2) / 12), "output_layer.norm_final.weight": 1 + rand(d),
+         "sigma_map.mlp.0.weight": rand(c, 256), "sigma_map.mlp.0.bias": rand(c), "sigma_map.mlp.2.weight": rand(c, c), "sigma_map.mlp.2.bias": rand(c),
+         "output_layer.linear.weight": rand(K, d), "output_layer.linear.bias": rand(K), "output_layer.adaLN_modulation.weight": rand(2 * d, c), "output_layer.adaLN_modulation.bias": rand(2 * d)}
+    for i in range(PUBLISHED["n_blocks"]):
+        parts = {"norm1.weight": 1 + rand(d), "attn_qkv.weight": rand(3 * d, d), "attn_out.weight": rand(d, d), "norm2.weight": 1 + rand(d), "mlp.0.weight": rand(4 * d, d),
+                 "mlp.0.bias": rand(4 * d), "mlp.2.weight": rand(d, 4 * d), "mlp.2.bias": rand(d), "adaLN_modulation.weight": rand(6 * d, c), "adaLN_modulation.bias": rand(6 * d)}
+        w |= {f"blocks.{i}.{k}": v for k, v in parts.items()}
+    return w
+
+
+def write_published(folder, tensors, **config):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: published checkpoints are not tested")
+    os.makedirs(folder, exist_ok=True)
+    json.dump({**PUBLISHED, **config}, open(os.path.join(folder, "config.json"), "w"))
+    safetensors.save_file(tensors, os.path.join(folder, "model.safetensors"))
+    return str(folder)
+
+
+def published_forward(w, x0, xt, S, token_causal):
+    """The network as its layout describes it, unfolded: adaLN at every layer, every mask spelled out. (N, L, K) logits of the noisy half."""
+    d, heads, L = PUBLISHED["hidden_size"], PUBLISHED["n_heads"], x0.shape[1]
+    layer = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+    silu = lambda x: x / (1 + torch.exp(-x))
+    time = torch.tensor([1.0] * 128 + [0.0] * 128)
+    condition = silu(layer(silu(layer(time, "sigma_map.mlp.0")), "sigma_map.mlp.2"))
+    norm = lambda x, name: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * w[name]
+    modulate = lambda x, shift, scale: x * (1 + scale) + shift
+    mask = torch.zeros(2 * L, 2 * L, dtype=torch.bool)
+    for i, j in itertools.product(range(L), range(L)):
+        mask[i, j] = j <= i if token_causal else j // S <= i // S
+        mask[L + i, j] = j // S < i // S
+        mask[L + i, L + j] = i // S == j // S
+    angle = torch.arange(L).repeat(2)[:, None] * w["rotary_emb.inv_freq"]
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    rotated = lambda x: x * cos + torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) * sin
+    x = w["vocab_embed.embedding"][torch.cat([x0, xt], 1)]
+    for i in range(PUBLISHED["n_blocks"]):
+        shift1, scale1, gate1, shift2, scale2, gate2 = layer(condition, f"blocks.{i}.adaLN_modulation").chunk(6)
+        q, k, v = layer(modulate(norm(x, f"blocks.{i}.norm1.weight"), shift1, scale1), f"blocks.{i}.attn_qkv").chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+        scores = (rotated(q) @ rotated(k).transpose(-1, -2) / (d // heads) ** 0.5).masked_fill(~mask, -math.inf)
+        x = x + gate1 * layer((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"blocks.{i}.attn_out")
+        h = layer(modulate(norm(x, f"blocks.{i}.norm2.weight"), shift2, scale2), f"blocks.{i}.mlp.0")
+        x = x + gate2 * layer(0.5 * h * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h**3))), f"blocks.{i}.mlp.2")
+    shift, scale = layer(condition, "output_layer.adaLN_modulation").chunk(2)
+    return layer(modulate(norm(x, "output_layer.norm_final.weight"), shift, scale), "output_layer.linear")[:, L:]
+
+
+@pytest.mark.parametrize("token_causal", [True, False])
+@pytest.mark.parametrize("noise", NOISES)
+@torch.no_grad()
+def test_published_weights_give_the_logits_of_their_layout(noise, token_causal, tmp_path):
+    w = published_tensors(14)
+    model, _ = load_checkpoint(write_published(tmp_path, w, x0_causal=token_causal), noise=noise)
+    v = 13 if noise == "masked" else 14
+    assert model.config.vocab_size == v and model.config.noise == noise
+    x0 = torch.randint(0, v, (2, 21))
+    xt = model.noise.corrupt(x0, 0.5)
+    for S in (1, 4, 21):
+        expected = published_forward(w, x0, xt, S, token_causal)[..., :v]
+        assert close(model(x0, xt, S), expected, 1e-5)
+        cache, clean = model.new_cache(2), None
+        for begin in range(0, 21, S):
+            assert close(model.denoise(xt[:, begin : begin + S], cache, clean), expected[:, begin : begin + S], 1e-5)
+            clean = x0[:, begin : begin + S]
+    cache = model.new_cache(2)
+    assert close(model.verify(x0, cache, xt), published_forward(w, x0, xt, 1, token_causal)[..., :v], 1e-5)
+
+
+def test_published_weights_that_do_not_fit_are_refused(tmp_path, capsys):
+    w = published_tensors(14)
+    changes = {"missing": lambda t: t.pop("blocks.1.mlp.0.bias"), "unexpected": lambda t: t.update(more=torch.zeros(1)), "has shape": lambda t: t.update({"blocks.0.norm1.weight": torch.ones(5)}),
+               "not finite": lambda t: t["blocks.0.attn_out.weight"].fill_(math.nan), "inv_freq": lambda t: t["rotary_emb.inv_freq"].mul_(2)}
+    for word, change in changes.items():
+        tensors = {k: v.clone() for k, v in w.items()}
+        change(tensors)
+        assert word in refused(sample, capsys, f"--ckpt={write_published(tmp_path / 'bad', tensors)}", "--noise=masked")
+    for config in (dict(n_blocks=3), dict(hidden_size=48), dict(cond_dim=11)):
+        assert "does not fit" in refused(sample, capsys, f"--ckpt={write_published(tmp_path / 'bad', w, **config)}", "--noise=masked")
+    assert "--noise" in refused(sample, capsys, f"--ckpt={write_published(tmp_path / 'bad', w)}")
+    with open(tmp_path / "bad" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    assert "damaged" in refused(sample, capsys, f"--ckpt={tmp_path / 'bad'}", "--noise=masked")
+    os.remove(tmp_path / "bad" / "config.json")
+    assert "config.json" in refused(sample, capsys, f"--ckpt={tmp_path / 'bad'}", "--noise=masked")
+
+
+def test_training_starts_from_a_checkpoint(data_dir, checkpoint, tmp_path, capsys):
+    """--init_from: a mixture of block sizes from an AR model; one of another shape is refused."""
+    start = run_training(data_dir, tmp_path / "ar", "--max_iters=3", "--block_sizes=1")
+    after = run_training(data_dir, tmp_path / "mixed", "--max_iters=1", "--block_sizes=1,5", "--learning_rate=0", f"--init_from={tmp_path / 'ar' / 'ckpt.pt'}")
+    assert close(after["model"]["embedding.weight"], start["ema"]["embedding.weight"], 1e-6)
+    assert "does not fit" in refused(train, capsys, *SMALL, "--n_embd=32", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'x'}", f"--init_from={checkpoint}")

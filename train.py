@@ -128,8 +128,11 @@ def likelihood(path, args, device):
     -log sum_S w_S exp(-NELBO_S(x)), the log-sum-exp bound, which is at most sum_S w_S NELBO_S(x), Jensen's. Both are taken per
     sequence, after averaging its draws: what noise is left in NELBO_S(x) biases the first one down, so use several draws."""
     model, content = load_checkpoint(path, device)
-    L, mixture = model.config.seq_len, dict(zip(content["args"]["block_sizes"], content["args"]["block_weights"]))
-    tokens, meta = open_data(os.path.join(args.data_dir, content["args"]["dataset"]))[1:]
+    trained = {**vars(args), **content["args"]}  # published checkpoints do not say: there the flags do
+    L, mixture = model.config.seq_len, dict(zip(trained["block_sizes"], trained["block_weights"]))
+    tokens, meta = open_data(os.path.join(args.data_dir, trained["dataset"]))[1:]
+    if meta["vocab_size"] != model.config.vocab_size:
+        raise ValueError(f"{path} has a vocabulary of {model.config.vocab_size} tokens, the data of {meta['vocab_size']}")
     n_seqs = min(args.eval_seqs, len(tokens) // L)
     sizes = sorted({min(L, S) for S in args.eval_block_sizes} | mixture.keys())
     losses = {S: evaluate(model, tokens, S, n_seqs, args.eval_draws) for S in sizes}
@@ -299,6 +302,7 @@ def make_parser():
     flag("dataset", "pydocs", "a folder under data_dir made by prepare_data.py; pydocs and markov are made if missing")
     flag("data_dir", "data", "where the datasets are")
     flag("out_dir", "out", "where ckpt.pt and log.jsonl go")
+    parser.add_argument("--init_from", metavar="CKPT", help="start from the weights of a checkpoint: ours, a published folder, or hf:org/repo/subfolder")
     parser.add_argument("--resume", action="store_true", help="go on from OUT_DIR/ckpt.pt, with its flags where none are given")
     flag("seed", 0, "of everything random")
     # model
@@ -455,6 +459,8 @@ def train(args):
     torch.manual_seed(args.seed)
     shape = {f.name: getattr(args, f.name) for f in fields(Config) if f.name != "vocab_size"}
     model = BlockGen(Config(vocab_size=meta["vocab_size"], **shape)).to(device)
+    if args.init_from:
+        load_weights(model, load_checkpoint(args.init_from, device, args.noise)[0].state_dict(), args.init_from)
     average = copy.deepcopy(model).eval()
     optimizers = make_optimizers(model, args)
     path = os.path.join(args.out_dir, "ckpt.pt")
