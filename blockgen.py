@@ -1,14 +1,15 @@
 """BlockGen: one transformer that is an autoregressive model at block size 1 and a block diffusion model at any other.
 
 The whole model, in the order in which it is used:
-  random numbers   counters, not state: a draw depends on its key alone, so batches, processes and resumption cannot change it
+  random numbers   a draw depends on its key alone, so batches, processes and resumption cannot change it
   noise            masked and uniform: corrupt, the likelihood bound, the reverse step (exact, and sampled)
   transformer      pre-LN, rotary; trained on [clean | noisy] in one pass, sampled from one KV cache
   loss             one noise level a block, exact cross-entropy at block size 1
-  checkpoints      ours
+  checkpoints      ours, and the published ones
 
-Notation: N rows, L = seq_len, S = block_size, V = vocab_size, K embedding rows (V, and a mask for masked noise), x0 clean tokens, xt
-noisy ones, t in (0, 1] the noise level, alpha(t) the probability that a token is still clean. Losses are nats per token.
+Notation: N rows, L = seq_len, S = block_size, V = vocab_size, K embedding rows (V, and a mask for masked noise), x0
+clean tokens, xt noisy ones, t in (0, 1] the noise level, alpha(t) the probability that a token is still clean. Losses
+are in nats per token.
 
 BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM, arXiv 2503.09573.
 """
@@ -73,7 +74,7 @@ def uniform(*key, device=None):
 
 
 def draw(probs, u):
-    """Sample from probs (..., V), which need not be normalized, by inverse CDF in float64; u (...) in [0, 1) -> (...)."""
+    """Sample from probs (..., V), normalized or not, by inverse CDF in float64. u (...) in [0, 1) -> tokens (...)."""
     cdf = probs.double().cumsum(-1)
     index = torch.searchsorted(cdf, (u * cdf[..., -1])[..., None].contiguous(), right=True)
     return index[..., 0].clamp(max=probs.shape[-1] - 1)
@@ -123,7 +124,7 @@ class MaskedNoise:
         return -dalpha / (1 - alpha) * (xt == self.mask) * cross_entropy(logits, x0)
 
     def posterior(self, probs, xt, alpha_s, alpha_t):
-        """p(xs | xt) (..., K) for alpha_s > alpha_t, if x0 ~ probs (..., V): a mask is revealed or stays, others stay."""
+        """p(xs | xt) (..., K) for alpha_s > alpha_t if x0 ~ probs (..., V): a mask is revealed or stays, others stay."""
         reveal = (alpha_s - alpha_t) / (1 - alpha_t)
         masked = torch.cat([probs * reveal, torch.full_like(probs[..., :1], 1 - reveal)], -1)
         return torch.where((xt == self.mask)[..., None], masked, F.one_hot(xt, self.n_embeddings).to(probs))
@@ -136,7 +137,7 @@ class MaskedNoise:
 
 
 class UniformNoise:
-    """A token survives with probability alpha, else becomes any of the V tokens, perhaps itself (Duo, arXiv 2506.10892)."""
+    """A token survives with probability alpha, else becomes any of the V, perhaps itself (Duo, arXiv 2506.10892)."""
 
     def __init__(self, vocab_size):
         self.vocab_size, self.mask, self.n_embeddings = vocab_size, None, vocab_size
@@ -157,20 +158,22 @@ class UniformNoise:
         return torch.ones_like(xt, dtype=torch.bool)
 
     def nelbo(self, logits, x0, xt, alpha, dalpha):
-        """The bound of UDLM (arXiv 2412.10193) and Duo, nats (...). With i = xt, xbar = V alpha onehot(x0) + 1 - alpha and
-        pbar = V alpha p + 1 - alpha it is the divergence between the true and the modeled rates of jumping back,
+        """The bound of UDLM (arXiv 2412.10193) and Duo, nats (...). With i = xt, xbar = V alpha onehot(x0) + 1 - alpha
+        and pbar = V alpha p + 1 - alpha it is the divergence between the true and the modeled rates of jumping back,
         -alpha' / (V alpha) [ sum_j xbar_j / xbar_i log(pbar_i xbar_j / (pbar_j xbar_i)) - V / xbar_i + V / pbar_i ].
-        log1p keeps every term accurate as alpha goes to 0, where the bracket vanishes like alpha."""
+        log1p keeps every term accurate as alpha goes to 0, where the bracket vanishes faster than alpha."""
         V, alpha = self.vocab_size, alpha.clamp(min=1e-6)
         p = logits.float().softmax(-1)
         log_pbar = torch.log1p(alpha[..., None] * (V * p - 1))  # (..., V)
         at = lambda x, i: x.gather(-1, i[..., None])[..., 0]
-        hit = (x0 == xt).to(p.dtype)
         log_on, log_off = torch.log1p(alpha * (V - 1)), torch.log1p(-alpha)  # log xbar at x0, and elsewhere
-        xbar, log_xbar = torch.where(x0 == xt, 1 + alpha * (V - 1), 1 - alpha), torch.where(x0 == xt, log_on, log_off)
+        log_xbar = torch.where(x0 == xt, log_on, log_off)  # (...) at xt
+        xbar = log_xbar.exp()
+        hit = (x0 == xt).to(p.dtype)
         difference = V * V * alpha * (at(p, xt) - hit) / (xbar * at(log_pbar, xt).exp())  # V / xbar_i - V / pbar_i
         # sum_j xbar_j log(xbar_j / pbar_j): V alpha of the weight lies on x0, 1 - alpha on every token
-        divergence = V * alpha * (log_on - at(log_pbar, x0)) + (1 - alpha) * (log_on + (V - 1) * log_off - log_pbar.sum(-1))
+        on_x0, on_all = log_on - at(log_pbar, x0), log_on + (V - 1) * log_off - log_pbar.sum(-1)
+        divergence = V * alpha * on_x0 + (1 - alpha) * on_all
         total = (V * (at(log_pbar, xt) - log_xbar) + divergence) / xbar
         return -dalpha / (V * alpha) * (total - difference)
 
@@ -187,12 +190,13 @@ class UniformNoise:
         return keep, alpha_s - alpha_t, (1 - ratio) * (1 - alpha_s)
 
     def step(self, probs, xt, alpha_s, alpha_t, u=None):
-        """A draw from the posterior with one uniform number a token: it picks a part of the mixture, what is left of it the token."""
+        """A draw from the posterior with one uniform number a token: it picks a part of the mixture, its rest the token."""
         u = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) if u is None else u
         keep, fresh, random = self.mixture(probs.double(), xt, alpha_s, alpha_t)
         u = u * (keep + fresh + random)
         inside = lambda begin, width: ((u - begin) / max(width, 1e-300)).clamp(0, 1 - 2**-53)
-        token = torch.where(u < keep + fresh, draw(probs, inside(keep, fresh)), (inside(keep + fresh, random) * self.vocab_size).long())
+        anything = (inside(keep + fresh, random) * self.vocab_size).long()
+        token = torch.where(u < keep + fresh, draw(probs, inside(keep, fresh)), anything)
         return torch.where(u < keep, xt, token)
 
 
@@ -223,7 +227,7 @@ class Cache:
 
 
 def rotate(x, angles):
-    """Rotary positions (RoFormer, arXiv 2104.09864), half-split. x (N, H, Q, D), angles (Q, D / 2) or (N, 1, Q, D / 2)."""
+    """Rotary positions (arXiv 2104.09864), half-split. x (N, H, Q, D), angles (Q, D / 2) or (N, 1, Q, D / 2)."""
     cos, sin = angles.cos(), angles.sin()
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -267,13 +271,13 @@ class BlockGen(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.vocab_size)
         frequency = 10000 ** -(torch.arange(0, head_size, 2) / head_size)
-        # twice the length, because a draft may run over the end before it is cut
-        self.register_buffer("angles", torch.arange(2 * config.seq_len)[:, None] * frequency, persistent=False)  # (2 L, D / 2)
+        angles = torch.arange(2 * config.seq_len)[:, None] * frequency  # (2 L, D / 2): a draft may run over the end
+        self.register_buffer("angles", angles, persistent=False)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
-        """Unit-variance embeddings, small matrices, residual branches scaled down with depth as in GPT-2, and heads that look back."""
+        """Unit-variance embeddings, small matrices, residual branches scaled with depth as in GPT-2, heads that look back."""
         d = self.config.n_embd
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -290,11 +294,12 @@ class BlockGen(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def look_back(self, block):
-        """Let heads start with a taste for the previous token, from none in the last head to a strong one in the first. A noisy
-        position learns nothing before it finds its neighbors; starting there skips a plateau of hundreds of steps.
+        """Let heads start with a taste for the previous token, from none in the last head to a strong one in the first: a
+        noisy position learns nothing before it finds its neighbors, and that is a plateau of hundreds of steps.
 
-        The norm's output sums to zero, so what a weight row has in common over its columns acts on the norm's bias alone: with
-        a bias of 1 it is a constant, in query and key. The key's is rotated by one position, so that they match best at distance 1."""
+        The norm's output sums to zero, so what a weight row has in common over its columns acts on the norm's bias alone.
+        With a bias of 1 that is a constant, in query and key. The key's is rotated by one position, so that the two match
+        best at distance 1."""
         heads, angle = self.config.n_head, self.angles[1]
         strength = torch.linspace(2, 0, heads)[:, None]
         query = torch.cat([torch.ones_like(angle), torch.zeros_like(angle)]) * strength  # (H, D)
@@ -305,7 +310,7 @@ class BlockGen(nn.Module):
         nn.init.ones_(block.norm1.bias)
 
     def trunk(self, tokens, n_clean, positions, view, cache=None):
-        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) or (N, 1, Q) -> states (N, Q, d) for the head."""
+        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) or (N, 1, Q) -> states (N, Q, d)."""
         x = self.embedding(tokens) * (math.sqrt(self.config.n_embd) if self.config.tied else 1)
         noisy = torch.arange(tokens.shape[1], device=tokens.device)[:, None] >= n_clean
         x = torch.where(noisy, x * self.noisy_gain, x)
@@ -340,9 +345,8 @@ class BlockGen(nn.Module):
         return Cache(keys, values, torch.zeros(n_rows, dtype=torch.int64, device=like.device))
 
     def denoise(self, xt, cache, commit=None, block_size=None):
-        """Logits (N, n, V) of a noisy block xt (N, n) behind the cache. The same pass first commits clean tokens (N, c) to it.
-
-        block_size matters to a block-causal model alone: how the committed tokens fall into blocks (default: one block)."""
+        """Logits (N, n, V) of a noisy block xt (N, n) behind the cache, to which the same pass first commits clean tokens
+        (N, c). block_size matters to a block-causal model alone: the blocks of the committed tokens (default: one)."""
         commit = xt[:, :0] if commit is None else commit
         c, n = commit.shape[1], xt.shape[1]
         block_size = None if self.config.token_causal else block_size or c or 1
@@ -353,8 +357,8 @@ class BlockGen(nn.Module):
         return self.logits(states[:, c:])
 
     def verify(self, x, cache, noise=None):
-        """AR logits (N, n, V) of proposed tokens x (N, n) in one pass: row i is p(x_i | cache, x_<i), read from a noise token
-        at the position of x_i (noise (N, n): which; default a fresh draw). The keys and values of x are left in the
+        """AR logits (N, n, V) of proposed tokens x (N, n) in one pass: at i, p(x_i | cache, x_<i), read from a noise token
+        at the position of x_i (noise (N, n) says which; by default a fresh draw). The keys and values of x stay in the
         slots behind the cache: to accept the first k tokens, add k to cache.length."""
         n = x.shape[1]
         noise = self.noise.prior(x.shape, x.device) if noise is None else noise
@@ -380,8 +384,9 @@ def find_device(name):
 def noise_levels(u, row, block_size, length, t_min=1e-3):
     """A noise level for each block, stratified over all blocks of a batch: t (N, L), constant in a block.
 
-    A row with B blocks takes one level from each of B strata, at the place in the stratum that row (N,) in [0, 1) says,
-    so that rows 0/N, 1/N, ... tile [0, 1). u: (N, 2) numbers, u[:, 0] (shared by the batch) shifts the levels, u[:, 1] turns each row's strata."""
+    A row with B blocks takes one level from each of B strata, at the place in the stratum that row (N,) in [0, 1) says, so
+    that rows 0/N, 1/N, ... tile [0, 1). u (N, 2): u[:, 0], the same for the batch, shifts all levels; u[:, 1] turns a
+    row's strata, so that a level has no favorite place."""
     size = block_size[:, None]
     n_blocks = (length + size - 1) // size  # (N, 1)
     block = torch.arange(length, device=size.device) // size + (u[:, 1:] * n_blocks).long()
@@ -392,9 +397,9 @@ def noise_levels(u, row, block_size, length, t_min=1e-3):
 def token_losses(model, x0, block_size, t, u, objective="nelbo", chunk=2**25):
     """Nats per token, (N, L): corrupt, predict, charge.
 
-    x0 (N, L), block_size (N,), noise level t (N, L), u (N, L) uniform numbers. Rows of block size 1 get pure noise and plain
-    cross-entropy: the exact autoregressive likelihood. objective: "nelbo", or "ce", masked noise without the weight.
-    The head runs only where there is something to charge, in parts of at most `chunk` logits, which bounds the memory."""
+    x0 (N, L), block_size (N,), noise level t (N, L), u (N, L) uniform numbers. Rows of block size 1 get pure noise and
+    plain cross-entropy: the exact autoregressive likelihood. objective: "nelbo", or "ce", masked noise without weights.
+    The head runs only where there is something to charge, in parts of at most `chunk` logits, to bound the memory."""
     noise = model.noise
     alpha, dalpha = SCHEDULES[model.config.schedule](t)
     ar = (block_size == 1)[:, None].expand_as(x0)
@@ -409,12 +414,14 @@ def token_losses(model, x0, block_size, t, u, objective="nelbo", chunk=2**25):
         return ce if objective == "ce" else torch.where(ar, ce, noise.nelbo(logits, x0, xt, alpha, dalpha))
 
     rows = max(1, chunk // model.config.vocab_size)
-    parts = list(zip(*(x.split(rows) for x in (states, x0[where], xt[where], alpha[where].float(), dalpha[where].float(), ar[where]))))
+    inputs = states, x0[where], xt[where], alpha[where].float(), dalpha[where].float(), ar[where]  # (M, ...) each
+    parts = list(zip(*(x.split(rows) for x in inputs)))
     if len(parts) > 1 and torch.is_grad_enabled():  # keep the states, not the logits: backward computes them again
         losses = [checkpoint(charge, *part, use_reentrant=False) for part in parts]
     else:
         losses = [charge(*part) for part in parts]
-    return torch.zeros(x0.shape, device=x0.device).masked_scatter(where, torch.cat(losses) if losses else states[:, 0])
+    charged = torch.cat(losses) if losses else states[:, 0].float()
+    return torch.zeros(x0.shape, device=x0.device).masked_scatter(where, charged)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,8 +430,14 @@ def token_losses(model, x0, block_size, t, u, objective="nelbo", chunk=2**25):
 
 def save_checkpoint(path, **content):
     """Write atomically: a crash leaves the old file or the new one, never half of either."""
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def read_checkpoint(path, device="cpu"):
@@ -440,8 +453,8 @@ def read_checkpoint(path, device="cpu"):
 
 
 def load_checkpoint(path, device="cpu", noise=None):
-    """(model in evaluation mode, everything else in the file): a .pt file of ours, of which the averaged weights are taken; or a folder,
-    or hf:org/repo/subfolder, in the layout of the published BlockGen checkpoints, with their kind of noise if it cannot be told."""
+    """(model in evaluation mode, everything else in the file). path: a .pt file of ours, of which the averaged weights are
+    taken; or, in the layout of the published checkpoints, a folder or hf:org/repo/subfolder, and their kind of noise."""
     if path.startswith("hf:") or os.path.isdir(path):
         return load_published(path, device, noise)
     content = read_checkpoint(path, device)
@@ -458,7 +471,8 @@ def load_weights(model, weights, path):
 
 def check_shapes(expected, weights, path):
     """Raise ValueError unless the weights are all there, of the expected shapes, finite, and no others."""
-    wrong = [f"missing {k}" for k in expected.keys() - weights.keys()] + [f"unexpected {k}" for k in weights.keys() - expected.keys()]
+    wrong = [f"missing {k}" for k in expected.keys() - weights.keys()]
+    wrong += [f"unexpected {k}" for k in weights.keys() - expected.keys()]
     for name in expected.keys() & weights.keys():
         if tuple(weights[name].shape) != expected[name]:
             wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {expected[name]}")
@@ -481,19 +495,56 @@ def read_published(path):
             path = os.path.join(snapshot_download(f"{org}/{repo}", allow_patterns=files), *folder)
     except ImportError as error:
         raise ImportError(f"published checkpoints need {error.name}: pip install {error.name}") from None
+    for name in ("config.json", "model.safetensors"):
+        if not os.path.isfile(os.path.join(path, name)):
+            raise FileNotFoundError(f"{path} is no published checkpoint: it has no {name}")
     try:
         with open(os.path.join(path, "config.json")) as file:
-            config = json.load(file)
-        return config, load_file(os.path.join(path, "model.safetensors"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is no published checkpoint: it has no {os.path.basename(error.filename or 'model.safetensors')}") from None
+            return json.load(file), load_file(os.path.join(path, "model.safetensors"))
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def published_shapes(K, d, c, heads, layers):
+    """{name: shape} of every tensor in a published checkpoint."""
+    linear = lambda name, rows, columns: {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    shapes = {"vocab_embed.embedding": (K, d), "rotary_emb.inv_freq": (d // heads // 2,)}
+    shapes |= linear("sigma_map.mlp.0", c, 256) | linear("sigma_map.mlp.2", c, c)
+    shapes |= {"output_layer.norm_final.weight": (d,)} | linear("output_layer.linear", K, d)
+    shapes |= linear("output_layer.adaLN_modulation", 2 * d, c)
+    for i in range(layers):
+        b = f"blocks.{i}"
+        shapes |= {f"{b}.norm1.weight": (d,), f"{b}.attn_qkv.weight": (3 * d, d), f"{b}.attn_out.weight": (d, d)}
+        shapes |= {f"{b}.norm2.weight": (d,)} | linear(f"{b}.mlp.0", 4 * d, d) | linear(f"{b}.mlp.2", d, 4 * d)
+        shapes |= linear(f"{b}.adaLN_modulation", 6 * d, c)
+    return shapes
+
+
+def fold_published(w, V, layers):
+    """Our weights from theirs. Their network is a DiT whose time condition is always that of sigma = 0: adaLN is constant,
+    and folds exactly, scale and shift into the LayerNorms, the gates into the rows of the projections before them."""
+    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    sigma = torch.cat([torch.ones(128), torch.zeros(128)]).double()  # cosines and sines of 0
+    condition = F.silu(linear(F.silu(linear(sigma, "sigma_map.mlp.0")), "sigma_map.mlp.2"))
+    shift, scale = linear(condition, "output_layer.adaLN_modulation").chunk(2)
+    ours = {"embedding.weight": w["vocab_embed.embedding"], "noisy_gain": torch.tensor(1.0)}
+    ours |= {"norm.weight": w["output_layer.norm_final.weight"] * (1 + scale), "norm.bias": shift}
+    ours |= {f"head.{part}": w[f"output_layer.linear.{part}"][:V] for part in ("weight", "bias")}  # without the mask's row
+    for i in range(layers):
+        b = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(condition, f"{b}.adaLN_modulation").chunk(6)
+        ours |= {f"{b}.norm1.weight": w[f"{b}.norm1.weight"] * (1 + scale1), f"{b}.norm1.bias": shift1}
+        ours |= {f"{b}.qkv.weight": w[f"{b}.attn_qkv.weight"]}
+        ours |= {f"{b}.attn_out.weight": gate1[:, None] * w[f"{b}.attn_out.weight"]}
+        ours |= {f"{b}.norm2.weight": w[f"{b}.norm2.weight"] * (1 + scale2), f"{b}.norm2.bias": shift2}
+        ours |= {f"{b}.mlp_in.weight": w[f"{b}.mlp.0.weight"], f"{b}.mlp_in.bias": w[f"{b}.mlp.0.bias"]}
+        ours |= {f"{b}.mlp_out.weight": gate2[:, None] * w[f"{b}.mlp.2.weight"]}
+        ours |= {f"{b}.mlp_out.bias": gate2 * w[f"{b}.mlp.2.bias"]}
+    return {k: v.float() for k, v in ours.items()}
+
+
 def load_published(path, device, noise):
-    """The authors' network is a DiT whose time condition is always that of sigma = 0, so that adaLN is a constant, and folds exactly:
-    scale and shift into the LayerNorms, the gates into the rows of the projections behind them."""
+    """load_checkpoint for the published layout."""
     config, w = read_published(path)
     try:
         d, c, layers, heads, length = (config[k] for k in ("hidden_size", "cond_dim", "n_blocks", "n_heads", "length"))
@@ -502,32 +553,13 @@ def load_published(path, device, noise):
     K = len(w.get("vocab_embed.embedding", ()))
     noise = noise or {50257: "uniform", 50258: "masked"}.get(K)  # GPT-2's vocabulary, without and with a mask
     if noise is None:
-        raise ValueError(f"{path} has {K} embeddings: say by --noise=masked or --noise=uniform whether the last one is the mask")
-    V = K - (noise == "masked")
-    shapes = {"vocab_embed.embedding": (K, d), "rotary_emb.inv_freq": (d // heads // 2,), "sigma_map.mlp.0.weight": (c, 256), "sigma_map.mlp.0.bias": (c,),
-              "sigma_map.mlp.2.weight": (c, c), "sigma_map.mlp.2.bias": (c,), "output_layer.norm_final.weight": (d,), "output_layer.linear.weight": (K, d),
-              "output_layer.linear.bias": (K,), "output_layer.adaLN_modulation.weight": (2 * d, c), "output_layer.adaLN_modulation.bias": (2 * d,)}
-    of_block = {"norm1.weight": (d,), "attn_qkv.weight": (3 * d, d), "attn_out.weight": (d, d), "norm2.weight": (d,), "mlp.0.weight": (4 * d, d), "mlp.0.bias": (4 * d,),
-                "mlp.2.weight": (d, 4 * d), "mlp.2.bias": (d,), "adaLN_modulation.weight": (6 * d, c), "adaLN_modulation.bias": (6 * d,)}
-    check_shapes(shapes | {f"blocks.{i}.{k}": v for i in range(layers) for k, v in of_block.items()}, w, path)
-    model = BlockGen(Config(V, length, layers, heads, d, noise=noise, token_causal=bool(config.get("x0_causal", True)), tied=False, noisy_gain=1.0))
+        raise ValueError(f"{path} has {K} embeddings: is the last the mask? Say --noise=masked or --noise=uniform")
+    V, causal = K - (noise == "masked"), bool(config.get("x0_causal", True))
+    check_shapes(published_shapes(K, d, c, heads, layers), w, path)
+    model = BlockGen(Config(V, length, layers, heads, d, noise=noise, token_causal=causal, tied=False, noisy_gain=1.0))
     if not torch.allclose(w["rotary_emb.inv_freq"].float(), model.angles[1], rtol=1e-4):
         raise ValueError(f"{path}: rotary_emb.inv_freq is not that of base 10000")
-    w = {k: v.double() for k, v in w.items()}
-    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-    sigma = torch.cat([torch.ones(128), torch.zeros(128)]).double()  # cosines and sines of 0
-    condition = F.silu(linear(F.silu(linear(sigma, "sigma_map.mlp.0")), "sigma_map.mlp.2"))
-    shift, scale = linear(condition, "output_layer.adaLN_modulation").chunk(2)
-    new = {"embedding.weight": w["vocab_embed.embedding"], "noisy_gain": torch.tensor(1.0), "norm.weight": w["output_layer.norm_final.weight"] * (1 + scale),
-           "norm.bias": shift, "head.weight": w["output_layer.linear.weight"][:V], "head.bias": w["output_layer.linear.bias"][:V]}
-    for i in range(layers):
-        old = f"blocks.{i}."
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(condition, old + "adaLN_modulation").chunk(6)
-        folded = {"norm1.weight": w[old + "norm1.weight"] * (1 + scale1), "norm1.bias": shift1, "qkv.weight": w[old + "attn_qkv.weight"],
-                  "attn_out.weight": gate1[:, None] * w[old + "attn_out.weight"], "norm2.weight": w[old + "norm2.weight"] * (1 + scale2), "norm2.bias": shift2,
-                  "mlp_in.weight": w[old + "mlp.0.weight"], "mlp_in.bias": w[old + "mlp.0.bias"],
-                  "mlp_out.weight": gate2[:, None] * w[old + "mlp.2.weight"], "mlp_out.bias": gate2 * w[old + "mlp.2.bias"]}
-        new |= {old + k: v for k, v in folded.items()}
-    load_weights(model, {k: v.float() for k, v in new.items()}, path)
+    load_weights(model, fold_published({k: v.double() for k, v in w.items()}, V, layers), path)
     tokenizer = {"kind": "gpt2", "vocab_size": 50257, "end": 50256} if V == 50257 else None
-    return model.to(device).eval(), {"config": asdict(model.config), "meta": {"tokenizer": tokenizer, "vocab_size": V}, "args": {}, "step": 0}
+    meta = {"tokenizer": tokenizer, "vocab_size": V}
+    return model.to(device).eval(), {"config": asdict(model.config), "meta": meta, "args": {}, "step": 0}

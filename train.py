@@ -254,9 +254,10 @@ def accumulate_gradients(model, args, tokens, step, rank=0, world=1, device="cpu
 
 def anyone(flag, world, device):
     """Whether the flag is up on any process: all have to stop at the same step."""
+    if world == 1:
+        return flag
     total = torch.tensor(float(flag), device=device)
-    if world > 1:
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.item() > 0
 
 
