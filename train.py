@@ -8,8 +8,10 @@
     torchrun --nproc_per_node=8 train.py ...             # the same run, faster: rows are shared out, results stay
     python train.py --resume                             # go on from out/ckpt.pt, bit for bit
 
-Writes OUT/ckpt.pt (atomically) and OUT/log.jsonl. All randomness is a function of (seed, step, row), so neither the number
-of processes nor of gradient accumulation parts nor an interruption changes what is computed.
+Writes OUT/ckpt.pt (atomically) and OUT/log.jsonl. All randomness is a function of (seed, step, row), so neither the
+number of processes nor of gradient accumulation parts nor an interruption changes what is computed.
+
+    python train.py --eval_only --eval_draws=8           # the likelihood of out/ckpt.pt at several block sizes
 """
 import contextlib
 import copy
@@ -20,23 +22,26 @@ import signal
 import sys
 import time
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from blockgen import BlockGen, Config, find_device, load_checkpoint, load_weights, noise_levels, read_checkpoint, save_checkpoint, token_losses, uniform
+from blockgen import (BlockGen, Config, find_device, load_checkpoint, load_weights, noise_levels, read_checkpoint,
+                      save_checkpoint, token_losses, uniform)
 from prepare_data import load_tokenizer, new_parser, prepare, run_script
 from sample import generate
 
 PRESETS = {
     "cpu": {},  # the flags' own defaults: five minutes on two cores
-    "gpu": dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, batch_size=128, max_iters=5000, learning_rate=1e-3, dropout=0.1,
-                eval_seqs=256),
-    "paper": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_size=512, grad_accum=16, max_iters=1_000_000,
-                  learning_rate=3e-4, warmup_iters=2500, lr_decay="constant", optimizer="adamw", weight_decay=0.0, ema=0.9999,
-                  dropout=0.1, tied=False, noisy_gain=1.0, block_weights="0.05,0.95", eval_interval=5000, eval_seqs=256),
+    "gpu": dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, dropout=0.1, batch_size=128, max_iters=5000,
+                learning_rate=1e-3, warmup_iters=100, ema=0.999, eval_seqs=256),
+    "paper": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, dropout=0.1, tied=False, noisy_gain=1.0,
+                  block_weights="0.05,0.95", batch_size=512, grad_accum=16, max_iters=1_000_000, optimizer="adamw",
+                  learning_rate=3e-4, lr_decay="constant", warmup_iters=2500, weight_decay=0.0, ema=0.9999,
+                  eval_interval=5000, eval_seqs=256),
 }
 
 
@@ -55,8 +60,9 @@ def open_data(folder):
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder} is damaged ({error}): make it again with prepare_data.py") from None
     for part, tokens in zip(("train", "val"), parts):
-        if len(tokens) != meta[f"{part}_tokens"]:
-            raise ValueError(f"{folder}/{part}.bin has {len(tokens)} tokens, not {meta[f'{part}_tokens']}: make it again with prepare_data.py")
+        expected = meta[f"{part}_tokens"]
+        if len(tokens) != expected:
+            raise ValueError(f"{folder}/{part}.bin has {len(tokens)} tokens, not {expected}: make it again")
     return *parts, meta
 
 
@@ -107,7 +113,7 @@ def evaluate(model, tokens, block_size, n_seqs, draws=1, batch_size=16, seed=0):
 
 
 def summary(losses):
-    """Mean over sequences and its standard error, of (draws, n_seqs) estimates: the draws of a sequence are averaged first."""
+    """Mean over sequences, and its standard error, of (draws, n_seqs) estimates; a sequence's draws are averaged first."""
     each = losses.mean(0)
     return each.mean().item(), (each.std() / len(each) ** 0.5).item() if len(each) > 1 else float("nan")
 
@@ -124,9 +130,9 @@ def describe(losses, meta):
 def likelihood(path, args, device):
     """What --eval_only says of a checkpoint: NELBO for each block size, and the bounds of the mixture it was trained on.
 
-    The model that first draws a block size with the trained weights w has -log p(x) = -log sum_S w_S p_S(x), which is at most
-    -log sum_S w_S exp(-NELBO_S(x)), the log-sum-exp bound, which is at most sum_S w_S NELBO_S(x), Jensen's. Both are taken per
-    sequence, after averaging its draws: what noise is left in NELBO_S(x) biases the first one down, so use several draws."""
+    The model that first draws a block size with the trained weights w has -log p(x) = -log sum_S w_S p_S(x), which is at
+    most -log sum_S w_S exp(-NELBO_S(x)), the log-sum-exp bound, and that at most sum_S w_S NELBO_S(x), Jensen's. Both are
+    taken per sequence, after averaging its draws. The noise left in NELBO_S(x) biases the first down: use several draws."""
     model, content = load_checkpoint(path, device)
     trained = {**vars(args), **content["args"]}  # published checkpoints do not say: there the flags do
     L, mixture = model.config.seq_len, dict(zip(trained["block_sizes"], trained["block_weights"]))
@@ -147,28 +153,40 @@ def likelihood(path, args, device):
         bits = mean / math.log(2)
         per_byte = bits / meta["bytes_per_token"] if "bytes_per_token" in meta else None
         rows[name] = dict(nats=mean, error=error, bits=bits, bits_per_byte=per_byte, perplexity=math.exp(mean))
-    return dict(checkpoint=path, noise=model.config.noise, trained=mixture, step=content["step"], draws=args.eval_draws, seqs=n_seqs, rows=rows)
+    return dict(checkpoint=path, noise=model.config.noise, trained=mixture, step=content["step"], draws=args.eval_draws,
+                seqs=n_seqs, rows=rows)
+
+
+def print_likelihood(r):
+    """The table of one checkpoint."""
+    mixture = ", ".join(f"{S}: {w:g}" for S, w in r["trained"].items())
+    print(f"\n{r['checkpoint']}: {r['noise']} noise, block sizes {{{mixture}}}, {r['step']} steps; "
+          f"{r['seqs']} sequences, {r['draws']} draws")
+    print(f"{'block size':>22} {'nats/token':>11} {'± s.e.':>8} {'bits/token':>11} {'bits/byte':>10} {'perplexity':>11}")
+    for name, x in r["rows"].items():
+        byte = f"{x['bits_per_byte']:10.4f}" if x["bits_per_byte"] else f"{'':>10}"
+        print(f"{name:>22} {x['nats']:11.4f} {x['error']:8.4f} {x['bits']:11.4f} {byte} {x['perplexity']:11.2f}")
+
+
+def print_side_by_side(results):
+    """Nats per token of several checkpoints, a column each."""
+    print("\nnats per token, side by side")
+    for i, r in enumerate(results):
+        print(f"  ({i + 1}) {r['checkpoint']}")
+    print(f"{'block size':>22}" + "".join(f"{f'({i + 1})':>9}" for i in range(len(results))))
+    for name in dict.fromkeys(name for r in results for name in r["rows"]):
+        cells = (f"{r['rows'][name]['nats']:.4f}" if name in r["rows"] else "" for r in results)
+        print(f"{name:>22}" + "".join(f"{cell:>9}" for cell in cells))
 
 
 def eval_only(args):
-    """Print a table for each checkpoint of --compare (OUT_DIR/ckpt.pt), then NELBOs side by side; write OUT_DIR/eval.json."""
+    """Print the likelihood of each checkpoint of --compare (by default OUT_DIR/ckpt.pt); write OUT_DIR/eval.json."""
     device = set_up_device(args)[0]
     results = [likelihood(path, args, device) for path in args.compare or [os.path.join(args.out_dir, "ckpt.pt")]]
     for r in results:
-        mixture = ", ".join(f"{S}: {w:g}" for S, w in r["trained"].items())
-        print(f"\n{r['checkpoint']}: {r['noise']} noise, trained on {{{mixture}}}, {r['step']} steps; {r['seqs']} sequences, {r['draws']} draws")
-        print(f"{'block size':>22} {'nats/token':>11} {'± s.e.':>8} {'bits/token':>11} {'bits/byte':>10} {'perplexity':>11}")
-        for name, x in r["rows"].items():
-            byte = f"{x['bits_per_byte']:10.4f}" if x["bits_per_byte"] else f"{'':>10}"
-            print(f"{name:>22} {x['nats']:11.4f} {x['error']:8.4f} {x['bits']:11.4f} {byte} {x['perplexity']:11.2f}")
+        print_likelihood(r)
     if len(results) > 1:
-        print("\nnats per token, side by side")
-        for i, r in enumerate(results):
-            print(f"  ({i + 1}) {r['checkpoint']}")
-        names = list(dict.fromkeys(name for r in results for name in r["rows"]))
-        print(f"{'block size':>22}" + "".join(f"{f'({i + 1})':>9}" for i in range(len(results))))
-        for name in names:
-            print(f"{name:>22}" + "".join(f"{r['rows'][name]['nats']:9.4f}" if name in r["rows"] else f"{'':>9}" for r in results))
+        print_side_by_side(results)
     os.makedirs(args.out_dir, exist_ok=True)
     with open(os.path.join(args.out_dir, "eval.json"), "w") as file:
         json.dump(results, file, indent=1)
@@ -203,14 +221,15 @@ def plot(results, path):
 
 def make_optimizers(model, args):
     """AdamW; or Muon (arXiv 2502.16982) for the matrices between embedding and head, AdamW for the rest."""
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks")] if args.optimizer == "muon" else []
-    ids = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    is_muon = lambda name, p: args.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks")
+    matrices = [p for name, p in model.named_parameters() if is_muon(name, p)]
+    rest = [p for name, p in model.named_parameters() if not is_muon(name, p)]
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": args.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.beta2), fused=True)]
     if matrices:  # match_rms_adamw: one learning rate suits both
-        optimizers.append(torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -232,7 +251,7 @@ def update_average(average, model, decay, step):
 
 
 def accumulate_gradients(model, args, tokens, step, rank=0, world=1, device="cpu", autocast=contextlib.nullcontext()):
-    """Gradients of the mean loss of this step's batch, summed over parts and processes; returns the loss in nats per token."""
+    """Gradients of the mean loss of this step's batch, over all parts and processes; returns the loss, nats per token."""
     total = torch.zeros((), device=device)
     parts = torch.arange(rank, args.batch_size, world).chunk(args.grad_accum)  # the rows of this process, in turn
     for i, rows in enumerate(parts):
@@ -299,11 +318,12 @@ def make_parser():
         more.setdefault("type", boolean if isinstance(default, bool) else type(default))
         parser.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **more)
 
-    flag("preset", "auto", "sets defaults for the flags below; auto: gpu where there is one, else cpu", choices=["auto", *PRESETS])
+    flag("preset", "auto", "sets the defaults of other flags; auto: gpu where there is one", choices=["auto", *PRESETS])
     flag("dataset", "pydocs", "a folder under data_dir made by prepare_data.py; pydocs and markov are made if missing")
     flag("data_dir", "data", "where the datasets are")
     flag("out_dir", "out", "where ckpt.pt and log.jsonl go")
-    parser.add_argument("--init_from", metavar="CKPT", help="start from the weights of a checkpoint: ours, a published folder, or hf:org/repo/subfolder")
+    parser.add_argument("--init_from", metavar="CKPT",
+                        help="start from these weights: a checkpoint of ours, a published folder, or hf:org/repo/subfolder")
     parser.add_argument("--resume", action="store_true", help="go on from OUT_DIR/ckpt.pt, with its flags where none are given")
     flag("seed", 0, "of everything random")
     # model
@@ -320,7 +340,7 @@ def make_parser():
     # objective
     flag("block_sizes", "1,16", "block sizes S to mix, any from 1 to L", type=numbers(int))
     flag("block_weights", "0.5,0.5", "share of each in the rows of a batch", type=numbers(float))
-    flag("loss", "nelbo", "nelbo: the likelihood bound; ce: unweighted cross-entropy (masked noise)", choices=["nelbo", "ce"])
+    flag("loss", "nelbo", "nelbo: the likelihood bound; ce: unweighted, for masked noise", choices=["nelbo", "ce"])
     # optimization
     flag("max_iters", 1800, "steps")
     flag("batch_size", 8, "rows a step, over all processes and parts")
@@ -336,13 +356,16 @@ def make_parser():
     # evaluation, machine
     flag("eval_interval", 300, "steps between evaluations, each with a sample and a checkpoint")
     flag("eval_seqs", 64, "validation sequences, always the same, with the same noise")
-    parser.add_argument("--eval_only", action="store_true", help="no training: the likelihood of OUT_DIR/ckpt.pt, as a table and OUT_DIR/eval.json")
+    parser.add_argument("--eval_only", action="store_true",
+                        help="no training: the likelihood of OUT_DIR/ckpt.pt, as a table and as OUT_DIR/eval.json")
     parser.add_argument("--compare", nargs="+", metavar="CKPT", help="with --eval_only: of these checkpoints, side by side")
     parser.add_argument("--plot", metavar="PNG", help="with --eval_only: NELBO against block size (needs matplotlib)")
-    flag("eval_block_sizes", "1,2,4,8,16,L", "with --eval_only: block sizes; L is the length", type=numbers(lambda s: 2**30 if s == "L" else int(s)))
+    flag("eval_block_sizes", "1,2,4,8,16,L", "with --eval_only: block sizes; L is the length",
+         type=numbers(lambda s: 2**30 if s == "L" else int(s)))
     flag("eval_draws", 8, "with --eval_only: draws of the noise for each sequence")
     flag("device", "auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    flag("dtype", "auto", "of the matrix products; auto: bfloat16 where the hardware has it", choices=["auto", "float32", "bfloat16"])
+    flag("dtype", "auto", "of the matrix products; auto: bfloat16 where it is faster",
+         choices=["auto", "float32", "bfloat16"])
     flag("compile", False, "torch.compile the layers")
     return parser
 
@@ -370,7 +393,8 @@ def check_args(args):
         raise ValueError("--compare and --plot go with --eval_only")
     if min(args.eval_block_sizes) < 1:
         raise ValueError("--eval_block_sizes must be at least 1")
-    at_least = dict(max_iters=1, eval_draws=1, batch_size=1, grad_accum=1, eval_interval=1, eval_seqs=1, warmup_iters=0, learning_rate=0, weight_decay=0, grad_clip=0)
+    at_least = dict(max_iters=1, batch_size=1, grad_accum=1, eval_interval=1, eval_seqs=1, eval_draws=1, warmup_iters=0,
+                    learning_rate=0, weight_decay=0, grad_clip=0)
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
@@ -381,11 +405,11 @@ def check_args(args):
     if min(args.block_weights) <= 0 or abs(sum(args.block_weights) - 1) > 1e-6:
         raise ValueError(f"--block_weights must be positive and sum to 1, not {sum(args.block_weights):g}")
     if min(args.block_sizes) < 1 or max(args.block_sizes) > args.seq_len:
-        raise ValueError(f"--block_sizes must lie in 1 to seq_len ({args.seq_len}), not {','.join(map(str, args.block_sizes))}")
+        raise ValueError(f"--block_sizes must lie in 1 to seq_len ({args.seq_len}), not {args.block_sizes}")
     if args.loss == "ce" and args.noise == "uniform":
         raise ValueError("--loss=ce is for masked noise: use --loss=nelbo with --noise=uniform")
     if args.batch_size % (args.grad_accum * int(os.environ.get("WORLD_SIZE", 1))):
-        raise ValueError(f"--batch_size ({args.batch_size}) must be a multiple of --grad_accum times the number of processes")
+        raise ValueError(f"--batch_size ({args.batch_size}) must be a multiple of --grad_accum times processes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,84 +468,97 @@ def restore(path, model, average, optimizers):
     return content["step"]
 
 
-def show_sample(model, meta, args):
-    """A few lines of generated text, with the largest block size."""
-    tokens, _ = generate(model, 1, args.seq_len, sampler="ancestral", block_size=max(args.block_sizes), steps=max(args.block_sizes), seed=args.seed)
-    return load_tokenizer(meta["tokenizer"])[1](tokens[0].tolist())
+def start(args):
+    """Everything that a run consists of: model, average, optimizers, data, where it is; at step run.step."""
+    run = SimpleNamespace(rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)), stop=[])
+    run.device, run.autocast = set_up_device(args)
+    if run.world > 1:
+        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+    run.main = run.rank == 0
+    run.train, run.val, run.meta = load_data(args, run.main)
+    torch.manual_seed(args.seed)
+    shape = {f.name: getattr(args, f.name) for f in fields(Config) if f.name != "vocab_size"}
+    run.model = BlockGen(Config(vocab_size=run.meta["vocab_size"], **shape)).to(run.device)
+    if args.init_from:
+        weights = load_checkpoint(args.init_from, run.device, args.noise)[0].state_dict()
+        load_weights(run.model, weights, args.init_from)
+    run.average = copy.deepcopy(run.model).eval()
+    run.optimizers = make_optimizers(run.model, args)
+    run.path = os.path.join(args.out_dir, "ckpt.pt")
+    os.makedirs(args.out_dir, exist_ok=True)
+    run.step = restore(run.path, run.model, run.average, run.optimizers) if args.resume else 0
+    run.log = open_log(os.path.join(args.out_dir, "log.jsonl"), run.step) if run.main else None
+    if args.compile:
+        run.model.trunk = torch.compile(run.model.trunk)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: run.stop.append(True))
+    return run
+
+
+def save(run, args):
+    save_checkpoint(run.path, step=run.step, config=asdict(run.model.config), model=run.model.state_dict(),
+                    ema=run.average.state_dict(), optimizers=[o.state_dict() for o in run.optimizers], meta=run.meta,
+                    args=vars(args))
+
+
+def report(run, args, bar):
+    """Evaluate, log, show a sample; returns the figures for the progress bar."""
+    n_seqs = min(args.eval_seqs, len(run.val) // args.seq_len)
+    losses = {size: evaluate(run.average, run.val, size, n_seqs) for size in args.block_sizes}
+    largest = max(args.block_sizes)
+    tokens, _ = generate(run.average, 1, args.seq_len, block_size=largest, steps=largest, seed=args.seed)
+    text = load_tokenizer(run.meta["tokenizer"])[1](tokens[0].tolist())
+    bar.write(f"step {run.step}: {describe(losses, run.meta)}\n    {text[:400]!r}")
+    run.log.write(json.dumps({"step": run.step, "val": {s: summary(x) for s, x in losses.items()}}) + "\n")
+    run.log.flush()
+    return {f"S{s}": f"{summary(x)[0]:.3f}" for s, x in losses.items()}
+
+
+def train_step(run, args):
+    """One step of all optimizers; returns the loss before it, nats per token."""
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, run.step)
+    run.model.train()
+    loss = accumulate_gradients(run.model, args, run.train, run.step, run.rank, run.world, run.device, run.autocast)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip or math.inf).item()
+    recent = run.recent = loss if run.recent is None else 0.95 * run.recent + 0.05 * loss
+    check_loss(loss, recent, norm, run.step, run.meta["vocab_size"])
+    for optimizer in run.optimizers:
+        optimizer.step()
+    update_average(run.average, run.model, args.ema, run.step)
+    return loss
 
 
 def train(args):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, autocast = set_up_device(args)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    main = rank == 0
-    train_tokens, val_tokens, meta = load_data(args, main)
-    torch.manual_seed(args.seed)
-    shape = {f.name: getattr(args, f.name) for f in fields(Config) if f.name != "vocab_size"}
-    model = BlockGen(Config(vocab_size=meta["vocab_size"], **shape)).to(device)
-    if args.init_from:
-        load_weights(model, load_checkpoint(args.init_from, device, args.noise)[0].state_dict(), args.init_from)
-    average = copy.deepcopy(model).eval()
-    optimizers = make_optimizers(model, args)
-    path = os.path.join(args.out_dir, "ckpt.pt")
-    os.makedirs(args.out_dir, exist_ok=True)
-    first = restore(path, model, average, optimizers) if args.resume else 0
-    log = open_log(os.path.join(args.out_dir, "log.jsonl"), first) if main else None
-    if args.compile:
-        model.trunk = torch.compile(model.trunk)
-    stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(True))
-
-    def save(step):
-        save_checkpoint(path, step=step, config=asdict(model.config), model=model.state_dict(), ema=average.state_dict(), args=vars(args),
-                        optimizers=[o.state_dict() for o in optimizers], meta=meta)
-
-    def report(step):
-        n_seqs = min(args.eval_seqs, len(val_tokens) // args.seq_len)
-        losses = {size: evaluate(average, val_tokens, size, n_seqs) for size in args.block_sizes}
-        text = show_sample(average, meta, args)
-        bar.write(f"step {step}: {describe(losses, meta)}\n    {text[:400]!r}")
-        log.write(json.dumps({"step": step, "val": {s: summary(x) for s, x in losses.items()}}) + "\n")
-        log.flush()
-        return {f"S{s}": f"{summary(x)[0]:.3f}" for s, x in losses.items()}
-
-    if main:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}, {len(train_tokens):,} training tokens; "
-              f"unigram entropy {meta['unigram_nats']:.3f} nats" + (f", of the chain {meta['entropy_rate']:.3f}" if "entropy_rate" in meta else ""))
-    bar = tqdm(total=args.max_iters, initial=first, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5)
-    recent, shown, began, step = None, {}, time.time(), first
-    while step < args.max_iters and not anyone(bool(stop), world, device):
-        if main and step % args.eval_interval == 0 and step > 0:
-            shown = report(step)
-            save(step)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step)
-        model.train()
-        loss = accumulate_gradients(model, args, train_tokens, step, rank, world, device, autocast)
-        recent = loss if recent is None else 0.95 * recent + 0.05 * loss
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
-        check_loss(loss, recent, norm, step, meta["vocab_size"])
-        for optimizer in optimizers:
-            optimizer.step()
-        update_average(average, model, args.ema, step)
-        step += 1
+    run = start(args)
+    run.recent, shown, began, first = None, {}, time.time(), run.step
+    if run.main:
+        known = f", of the chain {run.meta['entropy_rate']:.3f}" if "entropy_rate" in run.meta else ""
+        print(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f}M parameters on {run.device}, "
+              f"{len(run.train):,} training tokens; unigram entropy {run.meta['unigram_nats']:.3f} nats{known}")
+    bar = tqdm(total=args.max_iters, initial=first, disable=not run.main, unit="step", dynamic_ncols=True, mininterval=0.5)
+    while run.step < args.max_iters and not anyone(bool(run.stop), run.world, run.device):
+        if run.main and run.step % args.eval_interval == 0 and run.step > 0:
+            shown = report(run, args, bar)
+            save(run, args)
+        loss = train_step(run, args)
+        run.step += 1
         bar.update()
-        if main:
-            speed = (step - first) * args.batch_size * args.seq_len / (time.time() - began)
-            bar.set_postfix(loss=f"{recent:.3f}", **shown, tok_s=f"{speed:,.0f}", refresh=False)
-            log.write(json.dumps({"step": step - 1, "loss": loss}) + "\n")
-    if main:
-        if step == args.max_iters:
-            report(step)
-        save(step)
+        if run.main:
+            speed = (run.step - first) * args.batch_size * args.seq_len / (time.time() - began)
+            bar.set_postfix(loss=f"{run.recent:.3f}", **shown, tok_s=f"{speed:,.0f}", refresh=False)
+            run.log.write(json.dumps({"step": run.step - 1, "loss": loss}) + "\n")
+    if run.main:
+        if run.step == args.max_iters:
+            report(run, args, bar)
+        save(run, args)
         bar.close()
-        log.close()
-        print(f"stopped at step {step}: --resume goes on" if step < args.max_iters else f"done; now: python sample.py --ckpt={path}")
-    if world > 1:
+        run.log.close()
+        done = run.step == args.max_iters
+        print(f"done; now: python sample.py --ckpt={run.path}" if done else f"stopped at step {run.step}: --resume goes on")
+    if run.world > 1:
         dist.destroy_process_group()
 
 
