@@ -2,14 +2,16 @@
 
     python sample.py                                     # out/ckpt.pt, ancestral sampling, one sample
     python sample.py --sampler=ar                        # the same weights, one token at a time
-    python sample.py --sampler=arpc --steps=8            # diffusion proposes a block, the AR side sends its worst tokens back
-    python sample.py --sampler=speculative               # diffusion drafts, the AR side verifies: exactly AR samples, fewer passes
-    python sample.py --prompt="Return the" --num_samples=4 --watch
+    python sample.py --sampler=arpc --steps=8            # diffusion proposes, the AR side sends the worst tokens back
+    python sample.py --sampler=speculative               # diffusion drafts, the AR side verifies: exactly AR samples
+    python sample.py --prompt="Return the" --watch       # every pass, in the terminal
+    python sample.py --table --num_samples=64            # quality against passes, every sampler
     python sample.py --template="Return the ____ of the ____."   # a run of k > 1 underscores is a hole of k tokens
 
 One loop over blocks (`generate`); each sampler is one function that fills a block, or for `speculative` the whole
 sequence. A draw depends on (seed, row, position, step) alone, so a row's sample does not depend on its batch.
 """
+import inspect
 import json
 import os
 import re
@@ -72,7 +74,7 @@ class Run:
         return self.model.verify(x, self.cache, self.prior(PRIOR, positions))
 
     def shape(self, logits):
-        """The distribution to draw from, float64 (N, n, V): temperature, then top-k, then top-p. Temperature 0 is greedy."""
+        """The distribution to draw from, float64 (N, n, V): temperature (0 is greedy), then top-k, then top-p."""
         temperature, top_k, top_p = (self.options[o] for o in ("temperature", "top_k", "top_p"))
         if temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
@@ -93,73 +95,66 @@ class Run:
 
 
 def fill_by_steps(run, begin, end, steps, watch):
-    """Ancestral sampling: `steps` reverse steps from pure noise; under ARPC the guided ones are followed by a correction."""
+    """Ancestral sampling: `steps` reverse steps from pure noise. Under ARPC a guided step goes all the way, to a proposal
+    for the whole block, and sends its worst tokens back to noise."""
     positions = torch.arange(begin, end, device=run.tokens.device)
-    free, noise = run.free[:, begin:end], run.model.noise
+    free, noise, options = run.free[:, begin:end], run.model.noise, run.options
+    arpc, warmup, every = options["sampler"] == "arpc", options["warmup"], options["guide_every"]
+    alpha = SCHEDULES[options["schedule"]](1 - torch.arange(steps + 1, dtype=torch.float64) / steps)[0].tolist()
     xt = torch.where(free, run.prior(PRIOR, positions), run.tokens[:, begin:end])
-    alpha = SCHEDULES[run.options["schedule"]](1 - torch.arange(steps + 1, dtype=torch.float64) / steps)[0].tolist()
-    arpc, warmup, every = run.options["sampler"] == "arpc", run.options["warmup"], run.options["guide_every"]
     for k in range(steps):
         guided = arpc and warmup <= k < steps - 1 and (k - warmup) % every == 0
         logits = run.denoise(xt, begin)
         u = run.random(REVEAL, positions, k)
-        xs = noise.step(run.shape(logits), xt, 1.0 if guided else alpha[k + 1], alpha[k], u)
-        xs = torch.where(free, xs, xt)
-        worst, ar = torch.zeros_like(free), None
+        proposal = noise.step(run.shape(logits), xt, 1.0 if guided else alpha[k + 1], alpha[k], u)
+        proposal = torch.where(free, proposal, xt)
+        worst, ar, xs = torch.zeros_like(free), None, proposal
         if guided:
-            proposal, (worst, ar) = xs, find_worst(run, xs, xt, logits, positions, k, max(1, round((1 - alpha[k + 1]) * (end - begin))))
+            count = max(1, round((1 - alpha[k + 1]) * (end - begin)))
+            worst, ar = find_worst(run, proposal, xt, logits, positions, k, count)
             xs = torch.where(worst, run.prior(RENOISE, positions, k + 1), proposal)
-            run.stats["renoised"] += worst[: run.options["n"]].sum()
+            run.stats["renoised"] += worst.sum()
         if watch:
-            watch(run, begin, xt, xs, worst, proposal if guided else xs, logits, ar)
+            watch(run, begin, xt, xs, worst, proposal, logits, ar)
         xt = xs
         if noise.mask is not None and not arpc and k < steps - 1 and not (xt == noise.mask).any():
             break  # all are revealed: no further step would change anything
     return xt
 
 
-def find_worst(run, x, xt, logits, positions, step, k):
-    """Where ARPC sends tokens back: the k (or all, if fewer) free positions of proposal x (N, n) with the highest score.
+def find_worst(run, x, xt, logits, positions, step, count):
+    """Where ARPC sends tokens back: the `count` free positions (or all, if they are fewer) of proposal x (N, n) that score
+    highest under the criterion. Returns that mask (N, n), and the AR log-probabilities if the criterion needs them.
 
-    Returns that mask (N, n) and the AR log-probabilities (None if the criterion needs no AR pass). With masked noise a
-    position that was revealed before this step has no diffusion distribution but its token, a point mass. There, kld would be
-    infinite: such a position scores -log p_AR(token), as under reverse_kld, which is what the point mass gives there; tvd is 1 - p_AR(token).
-    The diffusion criteria see certainty."""
-    free, criterion = run.free[:, positions], run.options["criterion"]
+    With masked noise a position revealed before this step has no diffusion distribution but a point mass on its token,
+    and kld would be infinite. There the divergences take what the point mass gives in reverse_kld, -log p_AR(token), and
+    in tvd, 1 - p_AR(token); the diffusion criteria see certainty."""
+    free, criterion, mask = run.free[:, positions], run.options["criterion"], run.model.noise.mask
     diffusion = logits.double().log_softmax(-1)  # (N, n, V)
     ar = run.verify(x, positions).double().log_softmax(-1) if criterion in VERIFIED else None
-    mask = run.model.noise.mask
     settled = torch.zeros_like(free) if mask is None else xt != mask
-    at = lambda logp: logp.gather(-1, x[..., None])[..., 0]  # (N, n) of the proposed token
+    at = lambda logp: logp.gather(-1, x[..., None])[..., 0]  # (N, n), of the proposed token
     divergence = lambda a, b: (a.exp() * (a - b)).sum(-1)
     entropy = lambda logp: -(logp.exp() * logp).sum(-1)
-    if criterion == "kld":
-        score = torch.where(settled, -at(ar), divergence(ar, diffusion))
-    elif criterion == "reverse_kld":
-        score = torch.where(settled, -at(ar), divergence(diffusion, ar))
-    elif criterion == "tvd":
-        score = torch.where(settled, 1 - at(ar).exp(), 0.5 * (ar.exp() - diffusion.exp()).abs().sum(-1))
-    elif criterion == "ar_nll":
-        score = -at(ar)
-    elif criterion == "ar_gap":
-        score = ar.max(-1).values.exp() - at(ar).exp()
-    elif criterion == "ar_entropy":
-        score = entropy(ar)
-    elif criterion == "diffusion_entropy":
-        score = entropy(diffusion).masked_fill(settled, 0)
-    elif criterion == "diffusion_confidence":
-        score = 1 - at(diffusion).exp().masked_fill(settled, 1)
-    elif criterion == "diffusion_margin":
-        top = diffusion.exp().topk(2, -1).values
-        score = 1 - (top[..., 0] - top[..., 1]).masked_fill(settled, 1)
-    else:
-        score = run.random(ACCEPT, positions, step + 1)
+    margin = lambda p: (p.topk(2, -1).values * torch.tensor([1, -1], device=p.device)).sum(-1)
+    score = {
+        "kld": lambda: torch.where(settled, -at(ar), divergence(ar, diffusion)),
+        "reverse_kld": lambda: torch.where(settled, -at(ar), divergence(diffusion, ar)),
+        "tvd": lambda: torch.where(settled, 1 - at(ar).exp(), (ar.exp() - diffusion.exp()).abs().sum(-1) / 2),
+        "ar_nll": lambda: -at(ar),
+        "ar_gap": lambda: ar.max(-1).values.exp() - at(ar).exp(),
+        "ar_entropy": lambda: entropy(ar),
+        "diffusion_entropy": lambda: entropy(diffusion).masked_fill(settled, 0),
+        "diffusion_confidence": lambda: 1 - at(diffusion).exp().masked_fill(settled, 1),
+        "diffusion_margin": lambda: 1 - margin(diffusion.exp()).masked_fill(settled, 1),
+        "random": lambda: run.random(ACCEPT, positions, step + 1),
+    }[criterion]()
     ranks = score.masked_fill(~free, float("-inf")).argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return (ranks < k) & free, ar
+    return (ranks < count) & free, ar
 
 
 def fill_by_confidence(run, begin, end, steps, watch):
-    """Each pass commits the tokens whose probability exceeds the threshold, and at least the likeliest one (SDAR, Fast-dLLM)."""
+    """Each pass commits the tokens whose probability exceeds the threshold, at least the likeliest (SDAR, Fast-dLLM)."""
     positions = torch.arange(begin, end, device=run.tokens.device)
     free = run.free[:, begin:end]
     open_ = free.clone()
@@ -185,11 +180,11 @@ def fill_by_confidence(run, begin, end, steps, watch):
 
 
 def speculate(run, length, watch):
-    """Draft a block by diffusion in one pass, verify it by the AR side in one, and accept so that what comes out is exactly an
-    AR sample (Leviathan et al. 2022, arXiv 2211.17192): keep x ~ q with probability min(1, p(x) / q(x)), and at the first
-    rejection draw from (p - q)+. The keys and values of what is accepted are those the verifying pass wrote."""
+    """Draft a block by diffusion in one pass, verify it by the AR side in one, and accept so that what comes out is exactly
+    an AR sample (Leviathan et al. 2022, arXiv 2211.17192): keep x ~ q with probability min(1, p(x) / q(x)), and at the
+    first rejection draw from (p - q)+. The keys and values of accepted tokens are those the verifying pass wrote."""
     S, device = run.options["block_size"], run.tokens.device
-    tokens, free = F.pad(run.tokens, (0, S)), F.pad(run.free, (0, S))  # a draft may run over the end, where nothing is free
+    tokens, free = F.pad(run.tokens, (0, S)), F.pad(run.free, (0, S))  # a draft may run over the end; nothing is free there
     start = (~free[:, :length]).cumprod(1).sum(1)  # (N,) the prompt
     if start.max() > 0:
         run.verify(tokens[:, : start.max()], torch.arange(int(start.max()), device=device))
@@ -214,12 +209,12 @@ def speculate(run, length, watch):
         other = draw(residual, run.random(RESIDUAL, position[:, None], k)[:, 0])
         x = x.scatter(1, at, torch.where(n < S, other[:, None], x.gather(1, at)))
         tokens = tokens.scatter(1, window, torch.where(torch.arange(S, device=device) <= n, x, given))
-        run.stats["accepted"] += (accepted.bool() & open_)[: run.options["n"]].sum()
-        run.stats["rounds"] += active[: run.options["n"]].sum()
+        run.stats["accepted"] += (accepted.bool() & open_).sum()
+        run.stats["rounds"] += active.sum()
         if watch:
             watch(run, int(position[0]), xt, x, (torch.arange(S, device=device) >= n) & open_, x, logits, p.log())
         position = (position + n[:, 0] + 1).minimum(position + S).clamp(max=length)
-        # all accepted tokens but the last are in the cache; the last (perhaps a replacement) is committed by the next draft
+        # all new tokens but the last are in the cache; the last, perhaps a replacement, is committed by the next draft
         run.cache.length = position - 1
         commit = tokens.gather(1, position[:, None] - 1)
     run.tokens = tokens[:, :length]
@@ -254,7 +249,8 @@ def check_options(model, n, length, given, o):
     for name, low, high in (("steps", 1, None), ("temperature", 0, None), ("top_k", 0, None), ("guide_every", 1, None),
                             ("warmup", 0, None), ("ar_tokens", 0, length), ("threshold", 0, 1)):
         if o[name] < low or (high is not None and o[name] > high):
-            raise ValueError(f"{name} must be at least {low}" + (f" and at most {high}" if high is not None else "") + f", not {o[name]}")
+            most = "" if high is None else f" and at most {high}"
+            raise ValueError(f"{name} must be at least {low}{most}, not {o[name]}")
     if not 0 < o["top_p"] <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {o['top_p']}")
     verified = o["sampler"] == "speculative" or (o["sampler"] == "arpc" and o["criterion"] in VERIFIED)
@@ -265,12 +261,12 @@ def check_options(model, n, length, given, o):
 
 
 @torch.no_grad()
-def generate(model, n, length, *, sampler="ancestral", block_size=None, steps=16, schedule="linear", given=None, ar_tokens=0,
-             criterion="ar_nll", warmup=0, guide_every=1, threshold=0.9, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=0,
-             first_row=0, watch=None):
+def generate(model, n, length, *, sampler="ancestral", block_size=None, steps=16, schedule="linear", given=None,
+             ar_tokens=0, criterion="ar_nll", warmup=0, guide_every=1, threshold=0.9, temperature=1.0, top_k=0, top_p=1.0,
+             stop=None, seed=0, first_row=0, watch=None):
     """n sequences of `length` tokens: (tokens (n, length) int64, stats).
 
-    given (n, length): tokens that stand already, -1 where free; anywhere, and different for every row. They are never noised.
+    given (n, length): tokens that stand already, -1 where free; anywhere, different for every row. They are never noised.
     block_size: by default 16, or the model's length if that is less.
     sampler: ar; ancestral; arpc (criterion, warmup, guide_every); confidence (threshold); speculative. All use the cache.
     The first ar_tokens tokens are AR whatever the sampler. steps: reverse steps a block, evenly spaced on the schedule.
@@ -310,7 +306,8 @@ def finish(run, seconds):
     behind = (end.cumsum(1) - end.long()) > 0
     tokens = run.tokens.masked_fill(behind, max(stop, 0))
     produced = int((run.free & ~behind).sum())
-    result = dict(nfe=stats["nfe"], tokens=produced, passes_per_token=stats["nfe"] * len(tokens) / max(1, produced), seconds=seconds,
+    per_token = stats["nfe"] * len(tokens) / max(1, produced)
+    result = dict(nfe=stats["nfe"], tokens=produced, passes_per_token=per_token, seconds=seconds,
                   tokens_per_second=produced / seconds)
     if run.options["sampler"] == "arpc":
         result["renoised"] = int(stats["renoised"])
@@ -322,12 +319,14 @@ def finish(run, seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 # Quality against passes
 
-GRID = [("ar", {}), *[("ancestral", {"steps": k}) for k in (1, 2, 4, 8, 16)], *[("confidence", {"threshold": p}) for p in (0.5, 0.9)],
-        *[("arpc", {"steps": k, "criterion": c}) for c in ("ar_nll", "kld", "diffusion_confidence", "random") for k in (2, 4, 8)], ("speculative", {})]
+GRID = [("ar", {}), ("speculative", {})]
+GRID += [("ancestral", {"steps": k}) for k in (1, 2, 4, 8, 16)]
+GRID += [("confidence", {"threshold": p}) for p in (0.5, 0.9)]
+GRID += [("arpc", {"criterion": c, "steps": k}) for c in ("ar_nll", "kld", "diffusion_confidence", "random") for k in (2, 4, 8)]
 
 
 def quality(tokens, decode, content):
-    """What share of each sample (N, L) is right, (N,): words that the training text has, or transitions that the Markov chain has."""
+    """What share of each sample (N, L) is right, (N,): words that the training text has; or transitions of the chain."""
     meta = content["meta"]
     if "transitions" in meta:
         possible = torch.tensor(meta["transitions"]) > 0
@@ -339,17 +338,20 @@ def quality(tokens, decode, content):
 
 
 def print_table(model, content, decode, args):
-    """Each sampler of GRID: passes a token, quality, entropy of the tokens (a collapsed model writes few different ones), tokens/s."""
+    """Each sampler of GRID: passes a token, quality, entropy of the tokens (low after a collapse), tokens/s."""
     kind = "valid transitions" if "transitions" in content["meta"] else "known words"
-    print(f"{args.ckpt}: {model.config.noise} noise, {args.num_samples} samples of {model.config.seq_len} tokens; ± standard error\n"
-          f"{'sampler':45} {'passes/token':>12} {kind:>18} {'entropy':>8} {'tokens/s':>9}")
+    L, V = model.config.seq_len, model.config.vocab_size
+    print(f"{args.ckpt}: {model.config.noise} noise, {args.num_samples} samples of {L} tokens; ± standard error\n"
+          f"{'sampler':40} {'passes/token':>12} {kind:>18} {'entropy, nats':>14} {'tokens/s':>9}")
     for sampler, options in GRID:
-        tokens, stats = generate(model, args.num_samples, model.config.seq_len, sampler=sampler, seed=args.seed, temperature=args.temperature, **options)
+        tokens, stats = generate(model, args.num_samples, L, sampler=sampler, seed=args.seed,
+                                 temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, **options)
         right = quality(tokens.cpu(), decode, content)
-        frequency = torch.bincount(tokens.flatten(), minlength=model.config.vocab_size).double() / tokens.numel()
+        frequency = torch.bincount(tokens.flatten(), minlength=V).double() / tokens.numel()
         entropy = -(frequency * frequency.clamp(min=1e-300).log()).sum()
-        print(f"{sampler + ' ' + ' '.join(f'{k}={v}' for k, v in options.items()):45} {stats['nfe'] / model.config.seq_len:12.3f} "
-              f"{right.mean():11.3f} ± {right.std() / len(right) ** 0.5:.3f} {entropy:8.2f} {stats['tokens_per_second']:9.0f}", flush=True)
+        name = " ".join([sampler, *map(str, options.values())])
+        print(f"{name:40} {stats['nfe'] / L:12.3f} {right.mean():10.3f} ± {right.std() / len(right) ** 0.5:.3f} "
+              f"{entropy:14.2f} {stats['tokens_per_second']:9.0f}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,31 +359,30 @@ def print_table(model, content, decode, args):
 
 
 def make_watcher(decode, color, probabilities):
-    """A function for generate(watch=...): one line a pass, for the first row. Dim: noise; bright: new in this pass; red and
-    struck: sent back by ARPC or rejected. Without color: `_` for a mask, +new+, -sent back-."""
+    """A function for generate(watch=...): a line for every pass of the first row. Dim: noise; bright: new in this pass; red
+    and struck: sent back by ARPC, or rejected. Without color: `_` for a mask, +new+, -sent back-."""
     paint = {"noise": "\033[2m{}\033[0m", "new": "\033[1;97m{}\033[0m", "worst": "\033[9;31m{}\033[0m", "old": "{}"}
-    plain = {"noise": "{}", "new": "+{}+", "worst": "-{}-", "old": "{}"}
-    style = paint if color else plain
-    touched = {}  # block: which of its positions have been drawn
+    style = paint if color else {"noise": "{}", "new": "+{}+", "worst": "-{}-", "old": "{}"}
+    settled = {}  # begin of a block: its positions that hold no noise
 
     def watch(run, begin, xt, xs, worst, proposal, logits, ar):
+        free = F.pad(run.free, (0, len(xt[0])))[0, begin : begin + len(xt[0])].tolist()
+        quiet = settled.setdefault(begin, {i for i, f in enumerate(free) if not f})
         xt, xs, worst, proposal = (x[0].tolist() for x in (xt, xs, worst, proposal))
-        drawn, words = touched.setdefault(begin, set()), []
-        for i, (old, new, bad, proposed) in enumerate(zip(xt, xs, worst, proposal)):
-            if bad:
-                kind, token = "worst", proposed
-            elif new == run.model.noise.mask:
-                kind, token = "noise", None
-            elif new != old:
-                kind, token = "new", new
-            else:
-                kind, token = "old" if i in drawn or not run.free[0, begin + i : begin + i + 1].any() else "noise", new
-            drawn.discard(i) if bad else drawn.add(i) if kind == "new" else None
-            words.append(style[kind].format("_" if token is None else decode([token]).replace("\n", "⏎")))
+        words = []
+        for i, (old, new, bad) in enumerate(zip(xt, xs, worst)):
+            fresh = new != old and new != run.model.noise.mask
+            kind = "worst" if bad else "new" if fresh else "old" if i in quiet else "noise"
+            quiet.discard(i) if bad else quiet.add(i) if fresh else None
+            token = proposal[i] if bad else new
+            text = "_" if token == run.model.noise.mask else decode([token]).replace("\n", "⏎")
+            words.append(style[kind].format(text))
         print(f"{run.stats['nfe']:4} {begin:4} | {''.join(words)}", flush=True)
-        for i in [i for i, bad in enumerate(worst) if bad and probabilities]:
-            p = [f"{name} {x[0, i].exp()[proposal[i]]:.2g}" for name, x in (("diffusion", logits.double().log_softmax(-1)), ("AR", ar)) if x is not None]
-            print(f"          | {decode([proposal[i]])!r}: {', '.join(p)}")
+        if probabilities:
+            sides = {"diffusion": logits.double().log_softmax(-1)} | ({"AR": ar} if ar is not None else {})
+            for i in (i for i, bad in enumerate(worst) if bad):
+                p = ", ".join(f"{name} {x[0, i, proposal[i]].exp():.2g}" for name, x in sides.items())
+                print(f"          | {decode([proposal[i]])!r}: {p}")
 
     return watch
 
@@ -403,26 +404,29 @@ def read_given(args, tokenizer, length):
 
 
 def make_parser():
-    defaults = {k: p.default for k, p in __import__("inspect").signature(generate).parameters.items()}
+    defaults = {k: p.default for k, p in inspect.signature(generate).parameters.items()}
     parser = new_parser(__doc__)
 
     def flag(name, default, help, **more):
-        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **{"type": type(default), **more})
+        more.setdefault("type", type(default))
+        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **more)
 
     def option(name, help, **more):
         """A flag of some samplers only: it has to be refused by the others, so what was not given stays None."""
         users = ", ".join(s for s, used in SAMPLERS.items() if name in used)
         default = 16 if name == "block_size" else defaults[name]
-        parser.add_argument(f"--{name}", **{"type": type(default), **more}, help=f"{help} (default: {default}; for {users})")
+        more.setdefault("type", type(default))
+        parser.add_argument(f"--{name}", help=f"{help} (default: {default}; for {users})", **more)
 
     flag("ckpt", "out/ckpt.pt", "a checkpoint: of train.py, a published folder, or hf:org/repo/subfolder")
-    parser.add_argument("--noise", choices=list(NOISES), help="of a published checkpoint that does not tell (default: by the size of its vocabulary)")
+    parser.add_argument("--noise", choices=list(NOISES),
+                        help="of a published checkpoint (default: by the size of its vocabulary, where it tells)")
     flag("sampler", "ancestral", "how to sample", choices=list(SAMPLERS))
     flag("num_samples", 1, "how many samples")
     flag("batch_size", 16, "how many of them at a time; changes no sample")
     flag("length", None, "tokens a sample, prompt included; by default as many as the model can", type=int)
-    parser.add_argument("--prompt", action="append", help="what the text begins with; several take turns (default: nothing)")
-    parser.add_argument("--template", help="a text with holes: k > 1 underscores are k tokens to be filled in (default: none)")
+    parser.add_argument("--prompt", action="append", help="what texts begin with; several take turns (default: nothing)")
+    parser.add_argument("--template", help="a text with holes: k > 1 underscores are k tokens to fill in (default: none)")
     option("block_size", "tokens a block")
     option("steps", "reverse steps a block")
     option("schedule", "of the reverse steps", choices=list(SCHEDULES))
@@ -439,7 +443,8 @@ def make_parser():
     flag("device", "auto", "cpu, cuda, ...; auto: cuda where there is one")
     parser.add_argument("--watch", nargs="?", const="steps", choices=["steps", "probs"],
                         help="show every pass; probs: and the probabilities of what ARPC sends back")
-    parser.add_argument("--table", action="store_true", help="no text: quality against passes for every sampler, over num_samples samples")
+    parser.add_argument("--table", action="store_true",
+                        help="no text, but quality against passes for every sampler, from num_samples samples each")
     parser.add_argument("--json", action="store_true", help="print samples and statistics as JSON, one object a batch")
     return parser
 
@@ -474,7 +479,7 @@ def main():
     model, meta = load_checkpoint(args.ckpt, find_device(args.device), args.noise)
     tokenizer = meta["meta"]["tokenizer"]
     if tokenizer is None:
-        raise ValueError(f"{args.ckpt} has a vocabulary of {model.config.vocab_size} tokens whose tokenizer is not known here")
+        raise ValueError(f"{args.ckpt}: the tokenizer of its {model.config.vocab_size} tokens is not known here")
     decode, stop = load_tokenizer(tokenizer)[1], stop_token(args, tokenizer)
     if args.table:
         return print_table(model, meta, decode, args)
@@ -483,16 +488,18 @@ def main():
     watch = make_watcher(decode, sys.stdout.isatty(), args.watch == "probs") if args.watch else None
     for first in range(0, args.num_samples, args.batch_size):
         rows = given[first : first + args.batch_size]
-        tokens, stats = generate(model, len(rows), length, sampler=args.sampler, given=rows, temperature=args.temperature, top_k=args.top_k,
-                                 top_p=args.top_p, stop=stop, seed=args.seed, first_row=first, watch=watch, **options)
+        tokens, stats = generate(model, len(rows), length, sampler=args.sampler, given=rows, temperature=args.temperature,
+                                 top_k=args.top_k, top_p=args.top_p, stop=stop, seed=args.seed, first_row=first,
+                                 watch=watch, **options)
         texts = [decode(row[: row.index(stop)] if stop in row else row) for row in tokens.tolist()]
         if args.json:
             print(json.dumps({"samples": texts, **stats}))
             continue
         for text in texts:
             print(text, end="\n" + "-" * 80 + "\n")
+        more = "".join(f", {k.replace('_', ' ')} {stats[k]:g}" for k in ("renoised", "accepted_length") if k in stats)
         print(f"{stats['nfe']} passes for {stats['tokens']} tokens ({stats['passes_per_token']:.2f} a token), "
-              f"{stats['tokens_per_second']:.0f} tokens/s" + "".join(f", {k.replace('_', ' ')} {stats[k]:g}" for k in ("renoised", "accepted_length") if k in stats))
+              f"{stats['tokens_per_second']:.0f} tokens/s{more}")
 
 
 if __name__ == "__main__":
