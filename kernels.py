@@ -37,7 +37,7 @@ class View:
     prefix: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
-    plans: dict = field(default_factory=dict, repr=False)  # what the attention paths derive from it, once for all layers
+    plans: dict = field(default_factory=dict, repr=False)  # what the attention paths derive from it, for all layers
 
     def dense(self, n_keys):
         """The rule as a boolean matrix, (Q, n_keys) or (N, Q, n_keys): True where the query sees the key."""
@@ -96,7 +96,7 @@ def denoise_view(cached, committed, n, block_size=None):
 def verify_view(cached, n):
     """AR verification: queries [proposed (n) | noise (n)], keys [cache (C) | proposed (n) | noise (n)].
 
-    Noise query i stands at the position of proposed token i and sees the cache, the proposed tokens before i and itself."""
+    Noise query i stands at the position of proposed token i: it sees the cache, the proposed tokens before i, itself."""
     cached = torch.as_tensor(cached)[..., None]
     own = cached + n + torch.arange(n, device=cached.device)
     return join(causal(cached, n), View(own - n, own, own + 1))
@@ -180,9 +180,8 @@ def attention_torch(q, k, v, view):
 def tile_lists(view, n_keys):
     """Which tiles hold a visible pair: for each tile of queries the list of key tiles to visit, and the transpose.
 
-    Returns two pairs (order, count), int32. order (R, tiles, others): the others, those visible as a whole first, then the partly
-    visible ones, then the rest. count (R, tiles, 2): how many are whole, and how many are to be visited.
-    R is 1, or N where the rows have views of their own."""
+    Two pairs (order, count), int32. order (R, tiles, others): those visible as a whole first, then the partly visible,
+    then the rest. count (R, tiles, 2): how many are whole, and how many to visit. R is 1, or N if rows differ."""
     prefix, start, end = (x.reshape(-1, x.shape[-1], 1) for x in (view.prefix, view.start, view.end))
     first = torch.arange(0, n_keys, TILE, device=prefix.device)  # the key tiles (KT,)
     some = (first < prefix) | ((first < end) & (start < first + TILE) & (start < end))  # (R, Q, KT)
@@ -295,8 +294,8 @@ if triton is not None:
         tl.store(DQ + head * n_queries * D + at_q, dq.to(DQ.dtype.element_ty), mask=inside[:, None])
 
     @triton.jit
-    def dkdv_kernel(Q, K, V, DO, LSE, DELTA, BOUNDS, ORDER, COUNT, DK, DV, scale, n_queries, n_keys, others, bounds_step,
-                    list_step, heads, D: tl.constexpr, TILE: tl.constexpr):
+    def dkdv_kernel(Q, K, V, DO, LSE, DELTA, BOUNDS, ORDER, COUNT, DK, DV, scale, n_queries, n_keys, others,
+                    bounds_step, list_step, heads, D: tl.constexpr, TILE: tl.constexpr):
         """dk and dv of one tile of keys: a walk over the query tiles that see it (the transposed lists)."""
         tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
         keys, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
@@ -344,7 +343,8 @@ def kernel_arguments(q, k, view):
     bounds, by_query, by_key = view.plan("tiles", make)
     own = bounds.dim() == 3  # the rows have views of their own
     numbers = [math.log2(math.e) / math.sqrt(q.shape[3]), q.shape[2], k.shape[2]]
-    return bounds, by_query, by_key, numbers, lambda order: [order.shape[2], q.shape[2] * 3 * own, order.shape[1] * own, q.shape[1]]
+    sizes = lambda order: [order.shape[2], q.shape[2] * 3 * own, order.shape[1] * own, q.shape[1]]
+    return bounds, by_query, by_key, numbers, sizes
 
 
 def run_forward(q, k, v, view, splits):
@@ -354,7 +354,8 @@ def run_forward(q, k, v, view, splits):
     o = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
     lse = q.new_empty(splits, n, h, n_queries, dtype=torch.float32)
     grid = (order.shape[1], n * h, splits)
-    forward_kernel[grid](q, k, v, bounds, order, count, o, lse, *numbers, *sizes(order), D=d, TILE=TILE, SPLITS=splits, **launch(d))
+    fixed = dict(D=d, TILE=TILE, SPLITS=splits, **launch(d))
+    forward_kernel[grid](q, k, v, bounds, order, count, o, lse, *numbers, *sizes(order), **fixed)
     if splits == 1:
         return o[0], lse[0]
     weight = torch.softmax(lse * math.log(2), 0).nan_to_num(0)  # all parts empty: zeros
@@ -384,7 +385,7 @@ class TritonAttention(torch.autograd.Function):
 
 
 def attention_triton(q, k, v, view, splits=None):
-    """block_attention in Triton. splits: parts of the keys to work on in parallel; by default as many as fill the GPU."""
+    """block_attention in Triton. splits: parts of the keys to work on in parallel; by default what fills the GPU."""
     d = q.shape[3]
     padded = max(16, triton.next_power_of_2(d))  # tl.dot wants powers of 2 from 16 on
     scaled = q * math.sqrt(padded / d)  # the kernels divide by sqrt(padded)
@@ -422,22 +423,22 @@ def flex(view, device):
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 
-def contenders(q, view, causal_length, device):
+def contenders(view, causal_length, device):
     """{name: function of q, k, v}. The floor: plain causal attention of the clean sequence alone."""
-    mask = view.dense(max(int(view.end.max()), int(view.prefix.max())))
+    sdpa, used = F.scaled_dot_product_attention, max(int(view.end.max()), int(view.prefix.max()))
+    mask = view.dense(used)
     fresh = lambda: View(view.prefix, view.start, view.end)  # its plan is worked out anew, as in every training step
     found = {"block_attention": lambda q, k, v: block_attention(q, k, v, fresh()),
-             "SDPA, dense mask": lambda q, k, v: F.scaled_dot_product_attention(q, *(x[:, :, : mask.shape[-1]] for x in (k, v)), mask)}
+             "SDPA, dense mask": lambda q, k, v: sdpa(q, k[:, :, :used], v[:, :, :used], mask)}
     if causal_length:
-        half = lambda x: x[:, :, :causal_length]
-        found["SDPA, causal, clean half"] = lambda q, k, v: F.scaled_dot_product_attention(half(q), half(k), half(v), is_causal=True)
+        found["SDPA, causal, clean half"] = lambda *qkv: sdpa(*(x[:, :, :causal_length] for x in qkv), is_causal=True)
         if device.type == "cuda":
             found["flex_attention"] = flex(view, device)
     return found
 
 
 def measure(run, device):
-    """(seconds, peak extra MiB or NaN) of one call."""
+    """(seconds, peak extra MiB, on a GPU) of one call."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -451,39 +452,43 @@ def measure(run, device):
     return seconds, (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else math.nan
 
 
+def compare(title, shape, view, n_keys, causal_length, tokens, backward, dtype, device, repeats):
+    """Print one table: all contenders on q, k, v of shape (N, H, ., D), medians of interleaved calls."""
+    rows, heads, D = shape
+    lengths = view.prefix.shape[-1], n_keys, n_keys
+    q, k, v = (torch.randn(rows, heads, n, D, device=device, dtype=dtype, requires_grad=backward) for n in lengths)
+    runs, results = contenders(view, causal_length, device), {}
+    call = lambda f: f(q, k, v).sum().backward() if backward else f(q, k, v)
+    for f in runs.values():
+        call(f)
+    for _ in range(repeats):
+        for name, f in runs.items():
+            results.setdefault(name, []).append(measure(lambda: call(f), device))
+    print(f"\n{title}, {'forward + backward' if backward else 'forward'}")
+    base = sorted(results["block_attention"])[repeats // 2][0]
+    for name, measured in results.items():
+        seconds = sorted(measured)[repeats // 2][0]
+        pairs = causal_length * (causal_length + 1) / 2 if "causal" in name else float(view.dense(n_keys).sum())
+        flops = 4 * D * pairs * rows * heads * (3.5 if backward else 1)  # of visible work
+        print(f"  {name:26} {1e3 * seconds:9.2f} ms  speed {base / seconds:5.2f}  {rows * tokens / seconds:12,.0f} tokens/s  "
+              f"{flops / seconds / 1e12:7.3f} TFLOP/s  {max(m for _, m in measured):7.0f} MiB")
+
+
 def benchmark(device, dtype, repeats):
-    """One table a shape: medians of interleaved calls; speed relative to block_attention's."""
-    print(f"{device}, {dtype}, torch {torch.__version__}; medians of {repeats} interleaved calls")
-    for rows, heads, L, S, D in ((8, 12, 1024, 16, 64), (8, 6, 1024, 16, 64), (8, 6, 256, 16, 64), (64, 6, 32, 16, 64)):
-        compare(f"training, N {rows}, H {heads}, L {L}, S {S}, D {D}", rows, heads, D, train_view(L, S, device=device), 2 * L, L, True, L, device, dtype, repeats)
+    print(f"{device}, {dtype}, torch {torch.__version__}; medians of {repeats} interleaved calls; speed: block_attention = 1")
+    for rows, heads, L, S in ((8, 12, 1024, 16), (8, 6, 1024, 16), (8, 6, 256, 16), (64, 6, 32, 16)):
+        view = train_view(L, S, device=device)
+        for backward in (False, True):
+            title = f"training, N {rows}, H {heads}, L {L}, S {S}, D 64"
+            compare(title, (rows, heads, 64), view, 2 * L, L, L, backward, dtype, device, repeats)
     for rows, cached, S in ((1, 1008, 16), (16, 1008, 16), (16, 500, 1)):
-        compare(f"cached, N {rows}, H 12, {cached} keys, S {S}, D 64", rows, 12, 64, denoise_view(torch.tensor(cached, device=device), S, S), 2048, None, False, S,
-                device, dtype, repeats)
-
-
-def compare(title, rows, heads, D, view, n_keys, causal_length, train, tokens, device, dtype, repeats):
-    n_queries = view.prefix.shape[-1]
-    q, k, v = (torch.randn(rows, heads, length, D, device=device, dtype=dtype, requires_grad=train) for length in (n_queries, n_keys, n_keys))
-    for backward in (False, True) if train else (False,):
-        runs, times = {}, {}
-        for name, f in contenders(q, view, causal_length, device).items():
-            runs[name] = lambda f=f: f(q, k, v).sum().backward() if backward else f(q, k, v)
-            times[name] = []
-            runs[name]()
-        for _ in range(repeats):
-            for name, run in runs.items():
-                times[name].append(measure(run, device))
-        print(f"\n{title}, {'forward + backward' if backward else 'forward'}")
-        base = None
-        for name, results in times.items():
-            seconds = sorted(t for t, _ in results)[repeats // 2]
-            base = base or seconds
-            pairs = causal_length * (causal_length + 1) / 2 if "causal" in name else float(view.dense(n_keys).sum())
-            flops = 4 * D * pairs * rows * heads * (3.5 if backward else 1)
-            print(f"  {name:26} {1e3 * seconds:9.2f} ms  speed {base / seconds:5.2f}  {rows * tokens / seconds:12,.0f} tokens/s  "
-                  f"{flops / seconds / 1e12:7.3f} TFLOP/s  {max(m for _, m in results):7.0f} MiB")
+        view = denoise_view(torch.tensor(cached, device=device), S, S)
+        title = f"cached, N {rows}, H 12, {cached} keys, S {S}, D 64"
+        compare(title, (rows, 12, 64), view, 2048, None, S, False, dtype, device, repeats)
 
 
 if __name__ == "__main__":
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    benchmark(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 50 if device.type == "cuda" else 7)
+    if torch.cuda.is_available():
+        benchmark(torch.device("cuda"), torch.bfloat16, 50)
+    else:
+        benchmark(torch.device("cpu"), torch.float32, 7)

@@ -1,10 +1,10 @@
 """Text (or a Markov chain) -> data/NAME/{train.bin, val.bin, meta.json}, which train.py reads.
 
-    python prepare_data.py                                       # pydocs: the documentation inside your Python, no download
-    python prepare_data.py markov                                # a chain whose entropy is known exactly
-    python prepare_data.py shakespeare                           # downloads 1.1 MB
+    python prepare_data.py                           # pydocs: the documentation inside your Python, no download
+    python prepare_data.py markov                    # a chain whose entropy is known exactly
+    python prepare_data.py shakespeare               # downloads 1.1 MB
     python prepare_data.py text --input=book.txt --tokenizer=bpe:1024|char|gpt2
-    python prepare_data.py openwebtext                           # needs the package datasets, 54 GB of disk and hours
+    python prepare_data.py openwebtext               # needs the package datasets, much disk, and hours
 
 The .bin files are bare uint16 or uint32 token ids (numpy.memmap opens them); meta.json says how to decode them, and
 what a model has to beat: the unigram entropy, and for markov the entropy of the chain.
@@ -74,7 +74,7 @@ def learn_bpe(text, vocab_size):
         inside = (left >= 0) & (right >= 0)
         pairs = np.bincount((left * vocab_size + right)[inside], weight[:-1][inside])
         if pairs.size == 0 or pairs.max() < 2:
-            raise ValueError(f"the text is too small for a vocabulary of {vocab_size}: it yields {len(tokens)} tokens; ask for fewer")
+            raise ValueError(f"the text is too small for {vocab_size} tokens: it yields {len(tokens)}; ask for fewer")
         a, b = divmod(int(pairs.argmax()), vocab_size)
         at = np.flatnonzero((left == a) & (right == b))
         if a == b:  # in a run such as aaa the first pair wins
@@ -100,7 +100,7 @@ def make_tokenizer(kind, text):
 
 
 def load_tokenizer(tokenizer):
-    """(encode: str -> list of ids, decode: list of ids -> str) of a description. encode raises ValueError for what it cannot say."""
+    """(encode: str -> ids, decode: ids -> str) of a description. encode raises ValueError for what it cannot say."""
     import tiktoken
 
     kind = tokenizer["kind"]
@@ -122,11 +122,12 @@ def load_tokenizer(tokenizer):
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:
-            raise OSError(f"tiktoken could not load GPT-2's vocabulary ({type(error).__name__}): it needs the internet once, or "
-                          "its files in TIKTOKEN_CACHE_DIR") from None
+            raise OSError(f"tiktoken could not load GPT-2's vocabulary ({type(error).__name__}): it needs the internet "
+                          "once, or its two files in TIKTOKEN_CACHE_DIR") from None
     else:
         ranks = {bytes.fromhex(t): i for i, t in enumerate(tokenizer["tokens"])}
-        encoding = tiktoken.Encoding("blockgen", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: tokenizer["end"]})
+        special = {END: tokenizer["end"]}
+        encoding = tiktoken.Encoding("blockgen", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
     return encoding.encode_ordinary, lambda tokens: encoding.decode(tokens, errors="replace")
 
 
@@ -143,6 +144,9 @@ def docstrings(source):
                 yield text
 
 
+SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+
+
 def pydocs():
     """Documents that every CPython carries: the help topics, then the docstrings of the standard library."""
     try:
@@ -152,7 +156,7 @@ def pydocs():
     documents = [topics[name] for name in sorted(topics)]
     library = sysconfig.get_path("stdlib")
     for folder, folders, files in os.walk(library):
-        folders[:] = sorted(f for f in folders if f not in ("site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"))
+        folders[:] = sorted(set(folders) - SKIPPED)
         for name in sorted(f for f in files if f.endswith(".py")):
             try:
                 with open(os.path.join(folder, name), encoding="utf-8") as file:
@@ -166,7 +170,7 @@ def shakespeare():
     try:
         data = urllib.request.urlopen(SHAKESPEARE, timeout=60).read()
     except OSError as error:
-        raise OSError(f"cannot download {SHAKESPEARE} ({error}): fetch it by other means, then use `text --input=FILE`") from None
+        raise OSError(f"cannot download {SHAKESPEARE} ({error}): get it another way, then `text --input=FILE`") from None
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError("the downloaded file is not the one expected (its SHA-256 differs): try again")
     return [data.decode()]
@@ -215,7 +219,7 @@ def split_documents(documents):
 
 
 def encode_documents(documents, tokenizer):
-    """One array of ids, an end token behind each document where the vocabulary has one, and the number of bytes of text."""
+    """(ids in one array, an end token behind each document where the vocabulary has one; number of bytes of text)."""
     encode, _ = load_tokenizer(tokenizer)
     end = [] if tokenizer["end"] is None else [tokenizer["end"]]
     dtype = np.uint16 if tokenizer["vocab_size"] <= 65536 else np.uint32
@@ -237,7 +241,7 @@ def markov_dataset(states, successors, n_tokens, seed):
     """A random chain in which each state has few successors. Its entropy, the least loss a model can reach, is exact:
     entropy_rate nats for every token but the first of a sequence, which costs first_nats."""
     if not 1 <= successors <= states or states < 2:
-        raise ValueError(f"markov needs 2 or more states, and from 1 to states successors, not {states} and {successors}")
+        raise ValueError(f"markov needs 2 states or more and 1 to that many successors, not {states} and {successors}")
     rng = np.random.default_rng(seed)
     transitions = np.zeros((states, states))
     for row in transitions:
@@ -251,14 +255,14 @@ def markov_dataset(states, successors, n_tokens, seed):
         tokens[i] = state
         state = min(int(np.searchsorted(cdf[state], uniform[i] * cdf[state, -1], side="right")), states - 1)
     val = n_tokens // 10
-    meta = {"tokenizer": {"kind": "letters", "vocab_size": states, "end": None}, "unigram_nats": entropy(np.bincount(tokens[:val])),
-            "entropy_rate": float(stationary @ [entropy(row) for row in transitions]), "first_nats": entropy(stationary),
-            "transitions": transitions.tolist()}
+    meta = {"tokenizer": {"kind": "letters", "vocab_size": states, "end": None},
+            "unigram_nats": entropy(np.bincount(tokens[:val])), "first_nats": entropy(stationary),
+            "entropy_rate": float(stationary @ [entropy(row) for row in transitions]), "transitions": transitions.tolist()}
     return {"train": tokens[val:], "val": tokens[:val]}, meta
 
 
-def stream_dataset(documents, folder, shard=1000):
-    """{train, val} arrays and meta of more documents than fit in memory, in GPT-2's vocabulary: written as they come."""
+def stream_dataset(documents, folder):
+    """Meta of more documents than fit in memory, in GPT-2's vocabulary; the .bin files are written as they come."""
     tokenizer, n_bytes, counts = make_tokenizer("gpt2", ""), 0, np.zeros(50257, np.int64)
     encode, _ = load_tokenizer(tokenizer)
     files = {part: open(os.path.join(folder, f"{part}.bin"), "wb") for part in ("train", "val")}
@@ -271,7 +275,8 @@ def stream_dataset(documents, folder, shard=1000):
             counts += np.bincount(ids, minlength=50257)
     for file in files.values():
         file.close()
-    return {}, {"tokenizer": tokenizer, "bytes_per_token": n_bytes / max(1, counts.sum()), "unigram_nats": entropy(counts)}
+    bytes_per_token = n_bytes / max(1, counts.sum())
+    return {}, {"tokenizer": tokenizer, "bytes_per_token": bytes_per_token, "unigram_nats": entropy(counts)}
 
 
 def write_dataset(folder, make):
@@ -314,18 +319,19 @@ def main():
     flag("name", nargs="?", default="pydocs", choices=["pydocs", "markov", "shakespeare", "text", "openwebtext"])
     flag("--data_dir", default="data", help="the dataset becomes a folder in here (default: %(default)s)")
     flag("--input", help="text: the UTF-8 file to read")
-    flag("--tokenizer", default="bpe:1024", help="bpe:SIZE learns byte pairs from the text; char; gpt2 (default: %(default)s)")
+    flag("--tokenizer", default="bpe:1024", help="bpe:SIZE, learned from the text; char; gpt2 (default: %(default)s)")
     flag("--states", type=int, default=64, help="markov: number of states (default: %(default)s)")
     flag("--successors", type=int, default=8, help="markov: successors of a state (default: %(default)s)")
     flag("--tokens", type=int, default=1_000_000, help="markov: how many to draw (default: %(default)s)")
     flag("--seed", type=int, default=0, help="markov: seed (default: %(default)s)")
     args = parser.parse_args()
     meta = prepare(**vars(args))
-    print(f"{os.path.join(args.data_dir, args.name)}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, "
-          f"vocabulary {meta['vocab_size']:,}")
-    print(f"unigram entropy of the validation tokens: {meta['unigram_nats']:.3f} nats per token"
-          + (f", {meta['unigram_nats'] / math.log(2) / meta['bytes_per_token']:.3f} bits per byte" if "bytes_per_token" in meta else "")
-          + (f"; entropy of the chain: {meta['entropy_rate']:.3f}" if "entropy_rate" in meta else ""))
+    nats = meta["unigram_nats"]
+    more = f", {nats / math.log(2) / meta['bytes_per_token']:.3f} bits per byte" if "bytes_per_token" in meta else ""
+    more += f"; entropy of the chain: {meta['entropy_rate']:.3f}" if "entropy_rate" in meta else ""
+    print(f"{os.path.join(args.data_dir, args.name)}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
+          f"validation tokens, vocabulary {meta['vocab_size']:,}\n"
+          f"unigram entropy of the validation tokens: {nats:.3f} nats per token{more}")
 
 
 if __name__ == "__main__":
