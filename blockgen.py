@@ -455,6 +455,7 @@ def read_checkpoint(path, device="cpu"):
 def load_checkpoint(path, device="cpu", noise=None):
     """(model in evaluation mode, everything else in the file). path: a .pt file of ours, of which the averaged weights are
     taken; or, in the layout of the published checkpoints, a folder or hf:org/repo/subfolder, and their kind of noise."""
+    path = str(path)
     if path.startswith("hf:") or os.path.isdir(path):
         return load_published(path, device, noise)
     content = read_checkpoint(path, device)
