@@ -7,11 +7,10 @@
     python train.py --preset=paper --dataset=openwebtext # 12 layers, 768 wide, L = 1024
     torchrun --nproc_per_node=8 train.py ...             # the same run, faster: rows are shared out, results stay
     python train.py --resume                             # go on from out/ckpt.pt, bit for bit
+    python train.py --eval_only --eval_draws=8           # the likelihood of out/ckpt.pt at several block sizes
 
 Writes OUT/ckpt.pt (atomically) and OUT/log.jsonl. All randomness is a function of (seed, step, row), so neither the
 number of processes nor of gradient accumulation parts nor an interruption changes what is computed.
-
-    python train.py --eval_only --eval_draws=8           # the likelihood of out/ckpt.pt at several block sizes
 """
 import contextlib
 import copy
