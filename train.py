@@ -126,12 +126,23 @@ def describe(losses, meta):
     return " | ".join(words)
 
 
-def likelihood(path, args, device):
-    """What --eval_only says of a checkpoint: NELBO for each block size, and the bounds of the mixture it was trained on.
+def mixture_bounds(total, weights):
+    """Upper bounds on -log p(x), nats per sequence, (n_seqs,) each, of the model that first draws a block size S with the
+    given weights w: Jensen's, and log-sum-exp's. total (sizes, draws, n_seqs): estimates of NELBO_S(x).
 
-    The model that first draws a block size with the trained weights w has -log p(x) = -log sum_S w_S p_S(x), which is at
-    most -log sum_S w_S exp(-NELBO_S(x)), the log-sum-exp bound, and that at most sum_S w_S NELBO_S(x), Jensen's. Both are
-    taken per sequence, after averaging its draws. The noise left in NELBO_S(x) biases the first down: use several draws."""
+    -log p(x) = -log sum_S w_S p_S(x) <= sum_S r_S (NELBO_S(x) + log(r_S / w_S)) for any r. r = w gives Jensen's bound, the best
+    r, w_S exp(-NELBO_S(x)) normalized, gives -log sum_S w_S exp(-NELBO_S(x)). There the noise of an estimate would choose
+    r in its own favor, and the figure come out too low; so r for a draw is taken from the other draws of the sequence."""
+    w = torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    draws = total.shape[1]
+    r = w.expand_as(total)
+    if draws > 1:
+        r = torch.softmax(w.log() - (total.sum(1, keepdim=True) - total) / (draws - 1), 0)
+    return (w * total).sum(0).mean(0), (r * total + torch.special.xlogy(r, r / w)).sum(0).mean(0)
+
+
+def likelihood(path, args, device):
+    """What --eval_only says of a checkpoint: NELBO for each block size, bounds of the mixture that it was trained on."""
     model, content = load_checkpoint(path, device)
     trained = {**vars(args), **content["args"]}  # published checkpoints do not say: there the flags do
     L, mixture = model.config.seq_len, dict(zip(trained["block_sizes"], trained["block_weights"]))
@@ -141,10 +152,8 @@ def likelihood(path, args, device):
     n_seqs = min(args.eval_seqs, len(tokens) // L)
     sizes = sorted({min(L, S) for S in args.eval_block_sizes} | mixture.keys())
     losses = {S: evaluate(model, tokens, S, n_seqs, args.eval_draws) for S in sizes}
-    total = torch.stack([losses[S].mean(0) for S in mixture]) * L  # (sizes, n_seqs) nats per sequence
-    log_w = torch.tensor(list(mixture.values()), dtype=torch.float64).log()[:, None]
-    losses["mixture: Jensen"] = (log_w.exp() * total).sum(0, keepdim=True) / L
-    losses["mixture: log-sum-exp"] = -torch.logsumexp(log_w - total, 0, keepdim=True) / L
+    jensen, log_sum_exp = mixture_bounds(torch.stack([losses[S] for S in mixture]) * L, list(mixture.values()))
+    losses["mixture: Jensen"], losses["mixture: log-sum-exp"] = jensen[None] / L, log_sum_exp[None] / L
     if "entropy_rate" in meta:
         losses["true entropy"] = torch.full((1, 1), (meta["first_nats"] + (L - 1) * meta["entropy_rate"]) / L).double()
     rows = {}
