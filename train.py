@@ -128,17 +128,15 @@ def describe(losses, meta):
 
 def mixture_bounds(total, weights):
     """Upper bounds on -log p(x), nats per sequence, (n_seqs,) each, of the model that first draws a block size S with the
-    given weights w: Jensen's, and log-sum-exp's. total (sizes, draws, n_seqs): estimates of NELBO_S(x).
+    given weights w: Jensen's, and one that is nearly log-sum-exp's. total (sizes, n_seqs): estimates of NELBO_S(x).
 
-    -log p(x) = -log sum_S w_S p_S(x) <= sum_S r_S (NELBO_S(x) + log(r_S / w_S)) for any r. r = w gives Jensen's bound, the best
-    r, w_S exp(-NELBO_S(x)) normalized, gives -log sum_S w_S exp(-NELBO_S(x)). There the noise of an estimate would choose
-    r in its own favor, and the figure come out too low; so r for a draw is taken from the other draws of the sequence."""
-    w = torch.tensor(weights, dtype=torch.float64)[:, None, None]
-    draws = total.shape[1]
-    r = w.expand_as(total)
-    if draws > 1:
-        r = torch.softmax(w.log() - (total.sum(1, keepdim=True) - total) / (draws - 1), 0)
-    return (w * total).sum(0).mean(0), (r * total + torch.special.xlogy(r, r / w)).sum(0).mean(0)
+    -log p(x) = -log sum_S w_S p_S(x) <= sum_S r_S (NELBO_S(x) + log(r_S / w_S)) for any r. r = w gives Jensen's bound; the
+    best r, w_S exp(-NELBO_S(x)) normalized, gives -log sum_S w_S exp(-NELBO_S(x)). But the noise of an estimate would choose
+    r in its own favor, and the figure sink below the truth: r is taken from the mean NELBO_S of the other sequences."""
+    w, n = torch.tensor(weights, dtype=torch.float64)[:, None], total.shape[1]
+    r = torch.softmax(w.log() - (total.sum(1, keepdim=True) - total) / (n - 1), 0) if n > 1 else w
+    jensen, other = (w * total).sum(0), (r * total + torch.special.xlogy(r, r / w)).sum(0)
+    return jensen, min(jensen, other, key=torch.mean)
 
 
 def likelihood(path, args, device):
@@ -152,7 +150,7 @@ def likelihood(path, args, device):
     n_seqs = min(args.eval_seqs, len(tokens) // L)
     sizes = sorted({min(L, S) for S in args.eval_block_sizes} | mixture.keys())
     losses = {S: evaluate(model, tokens, S, n_seqs, args.eval_draws) for S in sizes}
-    jensen, log_sum_exp = mixture_bounds(torch.stack([losses[S] for S in mixture]) * L, list(mixture.values()))
+    jensen, log_sum_exp = mixture_bounds(torch.stack([losses[S].mean(0) for S in mixture]) * L, list(mixture.values()))
     losses["mixture: Jensen"], losses["mixture: log-sum-exp"] = jensen[None] / L, log_sum_exp[None] / L
     if "entropy_rate" in meta:
         losses["true entropy"] = torch.full((1, 1), (meta["first_nats"] + (L - 1) * meta["entropy_rate"]) / L).double()
