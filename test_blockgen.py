@@ -956,7 +956,7 @@ def test_the_bounds_are_bounds(noise):
     jensen, log_sum_exp = train.mixture_bounds(both, [0.3, 0.7])
     assert close(jensen, 0.3 * both[0] + 0.7 * both[1], 1e-9) and (jensen > truth - 1e-3).all()
     assert (log_sum_exp > truth - 1e-3).all() and log_sum_exp.mean() <= jensen.mean()
-    far = both + torch.tensor([[0.0], [3.0]])  # where one size is far better, it is the log-sum-exp
+    far = both + torch.tensor([[0.0], [8.0]])  # where one size is far better, it is the log-sum-exp
     assert close(train.mixture_bounds(far, [0.3, 0.7])[1].mean(), -torch.logsumexp(torch.tensor([[0.3], [0.7]]).log() - far, 0).mean(), 0.02)
     torch.manual_seed(0)  # with much noise the log-sum-exp of the estimates sinks below the truth; this does not
     noisy = both.repeat(1, 3000)
