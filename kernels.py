@@ -169,8 +169,8 @@ def attention_torch(q, k, v, view):
     chunks = view.plan("chunks", lambda: make_chunks(view, q.shape[2]))
     if torch.is_grad_enabled() and len(chunks) > 1:
         return ChunkedAttention.apply(q, k, v, chunks)
-    return torch.cat([attend(q[:, :, rows], gather(k, ranges), gather(v, ranges), mask, blind)
-                      for rows, ranges, mask, blind in chunks], 2)  # (N, H, Q, D)
+    out = [attend(q[:, :, rows], gather(k, ranges), gather(v, ranges), mask, blind) for rows, ranges, mask, blind in chunks]
+    return out[0] if len(out) == 1 else torch.cat(out, 2)  # (N, H, Q, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
