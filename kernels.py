@@ -117,7 +117,8 @@ def make_chunks(view, n_queries):
         ranges = [(0, prefix)] if prefix else []
         if used.any():
             start, end = max(prefix, int(rule.start[used].min())), int(rule.end[used].max())
-            ranges += [(start, end)] if start < end else []
+            if start < end:  # adjacent ranges are one
+                ranges = [(0, end)] if start == prefix else [*ranges, (start, end)]
         mask = rule.dense(ranges[-1][1] if ranges else 0)
         mask = torch.cat([mask[..., lo:hi] for lo, hi in ranges], -1) if ranges else mask
         mask = mask[:, None] if mask.dim() == 3 else mask  # (N, 1, q, keys): the same for every head
