@@ -325,6 +325,10 @@ def main():
     flag("--tokens", type=int, default=1_000_000, help="markov: how many to draw (default: %(default)s)")
     flag("--seed", type=int, default=0, help="markov: seed (default: %(default)s)")
     args = parser.parse_args()
+    used = {"text": ["input", "tokenizer"], "markov": ["states", "successors", "tokens", "seed"], "openwebtext": []}
+    for name in ("input", "tokenizer", "states", "successors", "tokens", "seed"):
+        if getattr(args, name) != parser.get_default(name) and name not in used.get(args.name, ["tokenizer"]):
+            raise ValueError(f"--{name} does nothing for {args.name}")
     meta = prepare(**vars(args))
     nats = meta["unigram_nats"]
     more = f", {nats / math.log(2) / meta['bytes_per_token']:.3f} bits per byte" if "bytes_per_token" in meta else ""

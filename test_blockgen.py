@@ -887,7 +887,7 @@ def test_damaged_files_are_refused(data_dir, checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, word", [(["nonsense"], "nonsense"), (["text"], "--input"), (["text", "--input=nowhere"], "nowhere"), (["text", "--input=BINARY"], "UTF-8"),
                                          (["text", "--input=SHORT"], "short"), (["text", "--input=SMALL"], "too small"), (["text", "--input=SMALL", "--tokenizer=words"], "tokenizer"),
-                                         (["markov", "--successors=99"], "successors")])
+                                         (["markov", "--successors=99"], "successors"), (["pydocs", "--states=9"], "does nothing")])
 def test_prepare_data_refuses(tmp_path, capsys, flags, word):
     (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "SHORT").write_text("a")
