@@ -209,14 +209,14 @@ def plot(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.figure(figsize=(7, 4.5))
+    plt.figure(figsize=(8, 4))
     for r in results:
         points = [(int(name), x["nats"], x["error"]) for name, x in r["rows"].items() if name.isdigit()]
         plt.errorbar(*zip(*points), marker="o", capsize=3, label=f"{r['noise']} {{{', '.join(map(str, r['trained']))}}}")
     plt.xscale("log", base=2)
     plt.xlabel("block size")
     plt.ylabel("NELBO, nats per token")
-    plt.legend(fontsize=8)
+    plt.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plt.tight_layout()
     plt.savefig(path, dpi=120)
 
