@@ -35,6 +35,10 @@ def run_script(main):
     """Run a script's main(). What its user can mend is one line on stderr and exit status 2, not a traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left
+        os._exit(1)
     except (ValueError, OSError, ImportError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
