@@ -387,14 +387,17 @@ def make_watcher(decode, color, probabilities):
     return watch
 
 
-def read_given(args, tokenizer, length):
-    """The given tokens (num_samples, length) of --prompt and --template, -1 where free; None if there are none."""
+def read_given(args, tokenizer, longest):
+    """The given tokens (num_samples, length) of --prompt or --template, -1 where free. A template is as long as it is."""
     encode = load_tokenizer(tokenizer)[0]
     if args.template is not None:
         pieces = re.split(r"(_{2,})", args.template)
         texts = [sum(([-1] * len(p) if p.startswith("__") else encode(p) for p in pieces if p), [])]
     else:
         texts = [encode(p) for p in args.prompt or []]
+    length = args.length
+    if length is None:
+        length = len(texts[0]) if args.template is not None else longest
     given = torch.full((args.num_samples, length), -1)
     for i, text in enumerate(texts):
         if len(text) > length:
@@ -424,7 +427,7 @@ def make_parser():
     flag("sampler", "ancestral", "how to sample", choices=list(SAMPLERS))
     flag("num_samples", 1, "how many samples")
     flag("batch_size", 16, "how many of them at a time; changes no sample")
-    flag("length", None, "tokens a sample, prompt included; by default as many as the model can", type=int)
+    flag("length", None, "tokens a sample, prompt included; by default the template's, or all the model can", type=int)
     parser.add_argument("--prompt", action="append", help="what texts begin with; several take turns (default: nothing)")
     parser.add_argument("--template", help="a text with holes: k > 1 underscores are k tokens to fill in (default: none)")
     option("block_size", "tokens a block")
@@ -460,8 +463,8 @@ def parse_args(argv=None):
         raise ValueError("--prompt and --template exclude each other: put the prompt into the template")
     if args.watch and args.json:
         raise ValueError("--watch and --json exclude each other")
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise ValueError("--num_samples and --batch_size must be at least 1")
+    if min(args.num_samples, args.batch_size, 1 if args.length is None else args.length) < 1:
+        raise ValueError("--num_samples, --batch_size and --length must be at least 1")
     return args, options
 
 
@@ -483,12 +486,11 @@ def main():
     decode, stop = load_tokenizer(tokenizer)[1], stop_token(args, tokenizer)
     if args.table:
         return print_table(model, meta, decode, args)
-    length = args.length or model.config.seq_len
-    given = read_given(args, tokenizer, length)
+    given = read_given(args, tokenizer, model.config.seq_len)
     watch = make_watcher(decode, sys.stdout.isatty(), args.watch == "probs") if args.watch else None
     for first in range(0, args.num_samples, args.batch_size):
         rows = given[first : first + args.batch_size]
-        tokens, stats = generate(model, len(rows), length, sampler=args.sampler, given=rows, temperature=args.temperature,
+        tokens, stats = generate(model, *rows.shape, sampler=args.sampler, given=rows, temperature=args.temperature,
                                  top_k=args.top_k, top_p=args.top_p, stop=stop, seed=args.seed, first_row=first,
                                  watch=watch, **options)
         texts = [decode(row[: row.index(stop)] if stop in row else row) for row in tokens.tolist()]

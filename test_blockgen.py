@@ -853,7 +853,7 @@ def test_train_refuses(data_dir, tmp_path, capsys, flags, word):
 
 @pytest.mark.parametrize("flags, word", [
     (["--nonsense"], "nonsense"), (["--block_size=25"], "block_size"), (["--block_size=0"], "block_size"), (["--steps=0"], "steps"), (["--temperature=-1"], "temperature"),
-    (["--top_p=0"], "top_p"), (["--top_p=1.1"], "top_p"), (["--prompt=" + "A" * 25], "prompt"), (["--prompt=é"], "vocabulary"), (["--length=25"], "24"),
+    (["--top_p=0"], "top_p"), (["--top_p=1.1"], "top_p"), (["--prompt=" + "A" * 25], "prompt"), (["--prompt=é"], "vocabulary"), (["--length=25"], "24"), (["--length=-1"], "length"),
     (["--sampler=ar", "--steps=3"], "--steps does nothing"), (["--sampler=confidence", "--criterion=kld"], "--criterion does nothing"),
     (["--num_samples=0"], "num_samples"), (["--stop=AB"], "stop"), (["--ckpt=nowhere.pt"], "nowhere.pt"), (["--threshold=2", "--sampler=confidence"], "threshold"),
     (["--prompt=A", "--template=A__"], "template"), (["--watch", "--json"], "json"), (["--device=tpu"], "device")])
@@ -908,7 +908,7 @@ def test_sample_command_line(checkpoint, capsys):
         assert call(sample, f"--ckpt={checkpoint}", "--num_samples=3", "--batch_size=2", "--json", *flags) == 0
         first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
         assert len(first["samples"]) == 2 and len(second["samples"]) == 1 and {"nfe", "passes_per_token", "tokens_per_second"} <= first.keys()
-    assert first["samples"][0][0] == "A" and first["samples"][0][3] == "B"
+    assert first["samples"][0][0] == "A" and first["samples"][0][3] == "B" and len(first["samples"][0]) == 8
     assert call(sample, f"--ckpt={checkpoint}", "--prompt=AB", "--prompt=C", "--num_samples=2", "--block_size=5", "--sampler=arpc", "--watch=probs") == 0
     out = capsys.readouterr().out
     assert "\033" not in out and "passes for" in out and "AR" in out and "\nC" in out
