@@ -10,7 +10,7 @@
     python train.py --eval_only --eval_draws=8           # the likelihood of out/ckpt.pt at several block sizes
 
 Writes OUT/ckpt.pt (atomically) and OUT/log.jsonl. All randomness is a function of (seed, step, row), so neither the
-number of processes nor of gradient accumulation parts nor an interruption changes what is computed.
+number of processes nor of gradient accumulation parts (dropout aside) nor an interruption changes what is computed.
 """
 import contextlib
 import copy
