@@ -404,7 +404,8 @@ def block_attention(q, k, v, view):
     """Softmax attention under a view: query i sees keys [0, prefix_i) and [start_i, end_i). Differentiable.
 
     q (N, H, Q, D), k and v (N, H, T, D), view over Q queries -> (N, H, Q, D). Scores are scaled by 1 / sqrt(D).
-    Keys and values beyond what a row's queries see are never used. A query that sees nothing yields zeros."""
+    A query that sees nothing yields zeros. What no query of any row sees may hold anything, even NaN; what only other
+    rows see must be finite on the CPU, where a chunk of queries takes one hull of keys for all rows."""
     if q.is_cuda and triton is not None:
         return attention_triton(q, k, v, view)
     return attention_torch(q, k, v, view)
