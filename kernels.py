@@ -10,8 +10,10 @@ The bounds are data, not code: one compiled kernel serves every block size and e
     python kernels.py           # benchmark: side by side, interleaved, medians, ratios
 """
 import math
-import time
+import statistics
 from dataclasses import dataclass, field
+from functools import partial
+from timeit import timeit
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ try:
 except ImportError:  # Windows, macOS: the PyTorch path serves
     triton = None
 
-CHUNK = 128  # queries a chunk on the PyTorch path
+CHUNK = 64  # queries a chunk on the PyTorch path, at least
 TILE = 64  # queries and keys a tile in the kernels
 
 
@@ -106,72 +108,81 @@ def verify_view(cached, n):
 # The rule in PyTorch
 
 
-def make_chunks(view, n_queries):
-    """For each chunk of queries: its slice, the key ranges it needs (hull over its queries and rows), its mask."""
-    size = CHUNK if n_queries > 2 * CHUNK else n_queries  # a short pass is fastest in one piece
-    chunks = []
+def make_mask(view):
+    """The rule for SDPA, up to the last key that anybody sees: (Q, keys), or (N, 1, Q, keys), the same for every head."""
+    mask = view.dense(int(torch.maximum(view.prefix, view.end).max()))
+    return mask[:, None] if mask.dim() == 3 else mask
+
+
+def make_piece(start, end, dtype):
+    """The hull of the key ranges [start, end) of some queries: its slice, the mask to add to the scores (None: all see
+    all), and which queries see nothing of it (None: every one sees something). None if that holds for all."""
+    some = start < end
+    if not some.any():
+        return None
+    keys = torch.arange(int(start[some].min()), int(end[some].max()), device=start.device)
+    seen = (start[..., None] <= keys) & (keys < end[..., None])  # (q, keys) or (N, q, keys)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=start.device).masked_fill(~seen, -math.inf)
+    mask, blind = (x if start.dim() == 1 else x[:, None] for x in (mask, ~some))  # the same for every head
+    return slice(int(keys[0]), int(keys[-1]) + 1), None if seen.all() else mask, None if some.all() else blind
+
+
+def make_chunks(view, n_queries, dtype):
+    """[(slice of the queries, its pieces)]: a chunk's prefixes are one piece, its own ranges the other."""
+    size, chunks = max(CHUNK, n_queries // 16), []
     for begin in range(0, n_queries, size):
         rule = view.rows(begin, begin + size)
-        used = rule.start < rule.end
-        prefix = int(rule.prefix.max())
-        ranges = [(0, prefix)] if prefix else []
-        if used.any():
-            start, end = max(prefix, int(rule.start[used].min())), int(rule.end[used].max())
-            if start < end:  # adjacent ranges are one
-                ranges = [(0, end)] if start == prefix else [*ranges, (start, end)]
-        mask = rule.dense(ranges[-1][1] if ranges else 0)
-        mask = torch.cat([mask[..., lo:hi] for lo, hi in ranges], -1) if ranges else mask
-        mask = mask[:, None] if mask.dim() == 3 else mask  # (N, 1, q, keys): the same for every head
-        blind = ~mask.any(-1, keepdim=True)
-        chunks.append((slice(begin, begin + size), ranges, mask, blind if blind.any() else None))
+        prefixes = make_piece(torch.zeros_like(rule.prefix), rule.prefix, dtype)
+        own = make_piece(torch.maximum(rule.start, rule.prefix), rule.end, dtype)
+        chunks.append((slice(begin, begin + size), [piece for piece in (prefixes, own) if piece]))
     return chunks
 
 
-def gather(x, ranges):
-    parts = [x[:, :, lo:hi] for lo, hi in ranges]
-    return torch.cat(parts, 2) if len(parts) > 1 else (parts or [x[:, :, :0]])[0]  # (N, H, keys, D)
-
-
-def attend(q, k, v, mask, blind):
-    """SDPA, but zeros for the blind queries, which see nothing (a softmax over nothing is NaN)."""
-    if blind is None:
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    if mask.shape[-1] == 0:
-        return q * 0 + k.sum() + v.sum()  # k and v are empty; so they get their (empty) gradients
-    return F.scaled_dot_product_attention(q, k, v, mask | blind).masked_fill(blind, 0)
-
-
 class ChunkedAttention(torch.autograd.Function):
-    """Every chunk runs as a graph of its own: autograd would pad the gradient of each slice of k and v with zeros
-    to full length before adding it up; backward here adds it in place."""
+    """Every chunk attends to its pieces one by one, and the results are merged by their log-sum-exp, as FlashAttention
+    merges tiles. Backward needs no merging: with the merged o and lse, each piece yields its share of the gradients."""
+
+    # the kernels behind SDPA, by their internal names: the public function keeps the log-sum-exp to itself
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
     @staticmethod
     def forward(ctx, q, k, v, chunks):
-        ctx.pieces, ctx.chunks, ctx.shapes = [], chunks, (q, k, v)
-        for rows, ranges, mask, blind in chunks:
-            with torch.enable_grad():
-                inputs = [x.detach().requires_grad_() for x in (q[:, :, rows], gather(k, ranges), gather(v, ranges))]
-                ctx.pieces.append((inputs, attend(*inputs, mask, blind)))
-        return torch.cat([o.detach() for _, o in ctx.pieces], 2)
+        o, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        for rows, pieces in chunks:
+            for i, (keys, mask, blind) in enumerate(pieces):
+                part, part_lse = ChunkedAttention.kernel(q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask)
+                if blind is not None:
+                    part_lse = part_lse.masked_fill(blind, -math.inf)
+                if i:
+                    weight = torch.sigmoid(part_lse - lse[:, :, rows]).nan_to_num(0)[..., None]  # nan: blind in both
+                    part = torch.lerp(o[:, :, rows], part, weight.to(part.dtype))
+                    part_lse = torch.logaddexp(lse[:, :, rows], part_lse)
+                o[:, :, rows], lse[:, :, rows] = part, part_lse
+        ctx.save_for_backward(q, k, v, o, lse.masked_fill(lse == -math.inf, math.inf))  # exp(score - inf) = 0
+        ctx.chunks = chunks
+        return o
 
     @staticmethod
-    def backward(ctx, grad):
-        dq, dk, dv = (torch.zeros_like(x) for x in ctx.shapes)
-        for (rows, ranges, _, _), (inputs, o) in zip(ctx.chunks, ctx.pieces):
-            dq[:, :, rows], *key_grads = torch.autograd.grad(o, inputs, grad[:, :, rows])
-            for total, part in zip((dk, dv), key_grads):
-                for (lo, hi), piece in zip(ranges, part.split([hi - lo for lo, hi in ranges], 2)):
-                    total[:, :, lo:hi] += piece
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        for rows, pieces in ctx.chunks:
+            for keys, mask, _ in pieces:
+                inputs = do[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], lse[:, :, rows]
+                parts = ChunkedAttention.kernel_backward(*inputs, 0.0, False, attn_mask=mask)
+                for total, part in zip((dq[:, :, rows], dk[:, :, keys], dv[:, :, keys]), parts):
+                    total += part
         return dq, dk, dv, None
 
 
 def attention_torch(q, k, v, view):
     """block_attention in PyTorch: each chunk of queries attends to just the keys in its two ranges."""
-    chunks = view.plan("chunks", lambda: make_chunks(view, q.shape[2]))
-    if torch.is_grad_enabled() and len(chunks) > 1:
-        return ChunkedAttention.apply(q, k, v, chunks)
-    out = [attend(q[:, :, rows], gather(k, ranges), gather(v, ranges), mask, blind) for rows, ranges, mask, blind in chunks]
-    return out[0] if len(out) == 1 else torch.cat(out, 2)  # (N, H, Q, D)
+    n_queries = q.shape[2]
+    if n_queries > 2 * CHUNK:
+        return ChunkedAttention.apply(q, k, v, view.plan(q.dtype, lambda: make_chunks(view, n_queries, q.dtype)))
+    mask = view.plan("mask", lambda: make_mask(view))  # one piece is fastest if it is short
+    return F.scaled_dot_product_attention(q, k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]], mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,8 +415,8 @@ def block_attention(q, k, v, view):
     """Softmax attention under a view: query i sees keys [0, prefix_i) and [start_i, end_i). Differentiable.
 
     q (N, H, Q, D), k and v (N, H, T, D), view over Q queries -> (N, H, Q, D). Scores are scaled by 1 / sqrt(D).
-    A query that sees nothing yields zeros. What no query of any row sees may hold anything, even NaN; what only other
-    rows see must be finite on the CPU, where a chunk of queries takes one hull of keys for all rows."""
+    A query that sees nothing yields zeros. Keys and values behind the last that any query of any row sees may hold
+    anything, even NaN; those before it must be finite on the CPU, where many queries share one hull of keys."""
     if q.is_cuda and triton is not None:
         return attention_triton(q, k, v, view)
     return attention_torch(q, k, v, view)
@@ -440,18 +451,14 @@ def contenders(view, causal_length, device):
 
 
 def measure(run, device):
-    """(seconds, peak extra MiB, on a GPU) of one call."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    began = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    return seconds, (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else math.nan
+    """(seconds of one call, the peak of its extra memory on a GPU in MiB)."""
+    if device.type != "cuda":
+        return timeit(run, number=1), math.nan
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize()
+    seconds = timeit(lambda: (run(), torch.cuda.synchronize()), number=1)
+    return seconds, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def compare(title, shape, view, n_keys, causal_length, tokens, backward, dtype, device, repeats):
@@ -459,21 +466,17 @@ def compare(title, shape, view, n_keys, causal_length, tokens, backward, dtype, 
     rows, heads, D = shape
     lengths = view.prefix.shape[-1], n_keys, n_keys
     q, k, v = (torch.randn(rows, heads, n, D, device=device, dtype=dtype, requires_grad=backward) for n in lengths)
-    runs, results = contenders(view, causal_length, device), {}
-    call = lambda f: f(q, k, v).sum().backward() if backward else f(q, k, v)
-    for f in runs.values():
-        call(f)
-    for _ in range(repeats):
-        for name, f in runs.items():
-            results.setdefault(name, []).append(measure(lambda: call(f), device))
+    call = lambda f: torch.autograd.grad(f(q, k, v).sum(), (q, k, v)) if backward else f(q, k, v)
+    runs = {name: partial(call, f) for name, f in contenders(view, causal_length, device).items()}
+    rounds = [{name: measure(run, device) for name, run in runs.items()} for _ in range(repeats + 1)][1:]  # the first warms up
+    median = {name: statistics.median(results[name][0] for results in rounds) for name in runs}
     print(f"\n{title}, {'forward + backward' if backward else 'forward'}")
-    base = sorted(results["block_attention"])[repeats // 2][0]
-    for name, measured in results.items():
-        seconds = sorted(measured)[repeats // 2][0]
+    for name, seconds in median.items():
         pairs = causal_length * (causal_length + 1) / 2 if "causal" in name else float(view.dense(n_keys).sum())
         flops = 4 * D * pairs * rows * heads * (3.5 if backward else 1)  # of visible work
-        print(f"  {name:26} {1e3 * seconds:9.2f} ms  speed {base / seconds:5.2f}  {rows * tokens / seconds:12,.0f} tokens/s  "
-              f"{flops / seconds / 1e12:7.3f} TFLOP/s  {max(m for _, m in measured):7.0f} MiB")
+        memory = f"  {rounds[0][name][1]:7.1f} MiB" if device.type == "cuda" else ""
+        print(f"  {name:26} {1e3 * seconds:9.2f} ms  speed {median['block_attention'] / seconds:5.2f}  "
+              f"{rows * tokens / seconds:12,.0f} tokens/s  {flops / seconds / 1e12:7.3f} TFLOP/s{memory}")
 
 
 def benchmark(device, dtype, repeats):

@@ -274,6 +274,23 @@ def test_torch_is_dense_attention(rows, heads, L, S, D):
         assert largest_error(kernels.attention_torch, q, k, v, view) < 1e-5
 
 
+def peak_memory(run):
+    """The most bytes that run() holds at a time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    changes = [e.nbytes() for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("L", [32, 256, 1024])
+def test_torch_attention_needs_no_more_memory_than_a_dense_mask(L):
+    view, inputs = kernels.train_view(L, 16), [torch.randn(2, 2, 2 * L, 32, requires_grad=True) for _ in range(3)]
+    dense = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, view.dense(2 * L))
+    sparse = lambda q, k, v: kernels.attention_torch(q, k, v, view)
+    peak, limit = (peak_memory(lambda: torch.autograd.grad(f(*inputs).sum(), inputs)) for f in (sparse, dense))
+    assert peak <= 1.25 * limit
+
+
 @pytest.mark.parametrize("attention", PATHS)
 def test_cached_views_read_nothing_behind_the_valid_keys(attention):
     torch.manual_seed(0)
