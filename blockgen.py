@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import block_attention, denoise_view, train_view, verify_view
+from kernels import block_attention, causal, denoise_view, train_view, verify_view
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Config:
     tied: bool = True  # the head is the embedding
     noisy_gain: float = 0.1  # where the learned gain on the embeddings of noisy tokens starts
     schedule: str = "linear"  # of alpha(t); or "cosine"
+    ar: str = "paper"  # p(x_i | x_<i) is read from a noise token at position i; or "shift": from clean token i - 1
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd"):
@@ -50,6 +51,10 @@ class Config:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
         if self.noise not in NOISES or self.schedule not in SCHEDULES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, schedule one of {', '.join(SCHEDULES)}")
+        if self.ar not in ("paper", "shift"):
+            raise ValueError(f"ar must be paper or shift, not {self.ar}")
+        if self.ar == "shift" and not self.token_causal:
+            raise ValueError("block-causal clean tokens see the next token: with token_causal=False, ar must be paper")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,6 +221,12 @@ class Cache:
     keys: torch.Tensor  # (layers, N, H, slots, D)
     values: torch.Tensor
     length: torch.Tensor  # (N,) committed tokens a row
+    states: torch.Tensor | None  # (N, 1 + n, d) of the last token committed, and of the n that verify saw behind it
+    base: torch.Tensor  # (N,) the length to which states[:, 0] belongs
+
+    def state(self):
+        """The state of the last committed token, (N, 1, d): under ar="shift" it predicts the next one."""
+        return self.states[torch.arange(len(self.length)), self.length - self.base][:, None]
 
     def write(self, layer, k, v):
         """Put k and v (N, H, Q, D) behind the committed ones; return all slots of the layer (N, H, slots, D)."""
@@ -231,6 +242,12 @@ def rotate(x, angles):
     cos, sin = angles.cos(), angles.sin()
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def lone(block_size, length):
+    """Which tokens are a block of their own, (N, L): all at block size 1, and a last one that is left over."""
+    size, position = block_size[:, None], torch.arange(length, device=block_size.device)
+    return (size == 1) | ((position == length - 1) & (position % size == 0))
 
 
 class Block(nn.Module):
@@ -269,6 +286,8 @@ class BlockGen(nn.Module):
         self.noisy_gain = nn.Parameter(torch.tensor(config.noisy_gain))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(d)
+        if config.ar == "shift":  # a start token would see itself alone: what it says is a constant, this
+            self.first = nn.Parameter(torch.zeros(d))
         self.head = nn.Linear(d, config.vocab_size)
         frequency = 10000 ** -(torch.arange(0, head_size, 2) / head_size)
         angles = torch.arange(2 * config.seq_len)[:, None] * frequency  # (2 L, D / 2): a draft may run over the end
@@ -325,15 +344,25 @@ class BlockGen(nn.Module):
         return F.linear(states, weight, self.head.bias)
 
     def hidden(self, x0, xt, block_size):
-        """States of the noisy half, (N, L, d): every block of xt in the light of the clean blocks before it."""
-        L = x0.shape[1]
-        view = train_view(L, block_size, self.config.token_causal, x0.device)
-        positions = torch.arange(L, device=x0.device).repeat(2)
-        return self.trunk(torch.cat([x0, xt], 1), L, positions, view)[:, L:]
+        """The states (N, L, d) that predict x0 (N, L) at block sizes (N,), and those at block size 1 (None under ar="paper").
+
+        They are those of the noisy half, where every block of xt stands in the light of the clean blocks before it. But
+        under ar="shift" a lone token has that of the clean token before it; without other tokens the noisy half is left out."""
+        N, L = x0.shape
+        shift, alone = self.config.ar == "shift", lone(block_size, L)
+        xt = xt[:, :0] if shift and alone.all() else xt
+        positions = torch.arange(L, device=x0.device).repeat(2)[: L + xt.shape[1]]
+        view = train_view(L, block_size, self.config.token_causal, x0.device).rows(0, len(positions))
+        clean, noisy = self.trunk(torch.cat([x0, xt], 1), L, positions, view).tensor_split([L], 1)
+        if not shift:
+            return noisy, None
+        ar = torch.cat([self.first.to(clean).expand(N, 1, -1), clean[:, :-1]], 1)
+        return torch.where(alone[..., None], ar, noisy) if xt.shape[1] else ar, ar
 
     def forward(self, x0, xt, block_size):
         """Clean x0 and noisy xt (N, L), block_size an int or (N,) -> logits (N, L, V) of x0 at every noisy position."""
-        return self.logits(self.hidden(x0, xt, block_size))
+        block_size = torch.as_tensor(block_size, device=x0.device).expand(len(x0))
+        return self.logits(self.hidden(x0, xt, block_size)[0])
 
     def new_cache(self, n_rows, length=None):
         """An empty cache for n_rows rows of up to length tokens (seq_len), with as many scratch slots."""
@@ -342,28 +371,40 @@ class BlockGen(nn.Module):
         autocast = torch.is_autocast_enabled(like.device.type)
         dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
         keys, values = (torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2))
-        return Cache(keys, values, torch.zeros(n_rows, dtype=torch.int64, device=like.device))
+        nothing = torch.zeros(n_rows, dtype=torch.int64, device=like.device)
+        return Cache(keys, values, nothing, self.first.expand(n_rows, 1, -1) if c.ar == "shift" else None, nothing)
 
     def denoise(self, xt, cache, commit=None, block_size=None):
         """Logits (N, n, V) of a noisy block xt (N, n) behind the cache, to which the same pass first commits clean tokens
-        (N, c). block_size matters to a block-causal model alone: the blocks of the committed tokens (default: one)."""
+        (N, c). A lone token is the AR side's: under ar="shift" the last committed token predicts it, whatever xt.
+        block_size matters to a block-causal model alone: the blocks of the committed tokens (default: one)."""
         commit = xt[:, :0] if commit is None else commit
+        by_state = self.config.ar == "shift" and xt.shape[1] == 1
+        xt = xt[:, :0] if by_state else xt
         c, n = commit.shape[1], xt.shape[1]
-        block_size = None if self.config.token_causal else block_size or c or 1
-        positions = cache.length[:, None, None] + torch.arange(c + n, device=xt.device)  # (N, 1, c + n)
-        view = denoise_view(cache.length, c, n, block_size)
-        states = self.trunk(torch.cat([commit, xt], 1), c, positions, view, cache)
-        cache.length = cache.length + c
-        return self.logits(states[:, c:])
+        if c + n:
+            block_size = None if self.config.token_causal else block_size or c or 1
+            positions = cache.length[:, None, None] + torch.arange(c + n, device=xt.device)  # (N, 1, c + n)
+            view = denoise_view(cache.length, c, n, block_size)
+            states = self.trunk(torch.cat([commit, xt], 1), c, positions, view, cache)
+            cache.length = cache.length + c
+        if c:
+            cache.states, cache.base = states[:, c - 1 : c], cache.length
+        return self.logits(cache.state() if by_state else states[:, c:])
 
     def verify(self, x, cache, noise=None):
-        """AR logits (N, n, V) of proposed tokens x (N, n) in one pass: at i, p(x_i | cache, x_<i), read from a noise token
-        at the position of x_i (noise (N, n) says which; by default a fresh draw). The keys and values of x stay in the
-        slots behind the cache: to accept the first k tokens, add k to cache.length."""
+        """AR logits (N, n, V) of proposed tokens x (N, n) in one pass: at i, p(x_i | cache, x_<i). Under ar="paper" they are
+        read from a noise token at the position of x_i (noise (N, n) says which; by default a fresh draw). The keys and
+        values of x stay in the slots behind the cache: to accept the first k tokens, add k to cache.length."""
         n = x.shape[1]
+        positions = cache.length[:, None, None] + torch.arange(n, device=x.device)  # (N, 1, n)
+        if self.config.ar == "shift":
+            states = self.trunk(x, n, positions, causal(cache.length[:, None], n), cache)
+            cache.states, cache.base = torch.cat([cache.state(), states], 1), cache.length
+            return self.logits(cache.states[:, :n])
         noise = self.noise.prior(x.shape, x.device) if noise is None else noise
-        positions = cache.length[:, None, None] + torch.arange(n, device=x.device).repeat(2)  # (N, 1, 2n)
-        states = self.trunk(torch.cat([x, noise], 1), n, positions, verify_view(cache.length, n), cache)
+        view = verify_view(cache.length, n)
+        states = self.trunk(torch.cat([x, noise], 1), n, positions.repeat(1, 1, 2), view, cache)
         return self.logits(states[:, n:])
 
 
@@ -394,34 +435,42 @@ def noise_levels(u, row, block_size, length, t_min=1e-3):
     return t_min + (1 - t_min) * level
 
 
-def token_losses(model, x0, block_size, t, u, objective="nelbo", chunk=2**25):
+def token_losses(model, x0, block_size, t, u, objective="nelbo", ar_weight=0.0, chunk=2**25):
     """Nats per token, (N, L): corrupt, predict, charge.
 
-    x0 (N, L), block_size (N,), noise level t (N, L), u (N, L) uniform numbers. Rows of block size 1 get pure noise and
+    x0 (N, L), block_size (N,), noise level t (N, L), u (N, L) uniform numbers. Blocks of one token get pure noise and
     plain cross-entropy: the exact autoregressive likelihood. objective: "nelbo", or "ce", masked noise without weights.
+    ar_weight: under ar="shift", the share of that likelihood in the loss of every row; the clean half yields it anyway.
     The head runs only where there is something to charge, in parts of at most `chunk` logits, to bound the memory."""
     noise = model.noise
     alpha, dalpha = SCHEDULES[model.config.schedule](t)
-    ar = (block_size == 1)[:, None].expand_as(x0)
+    ar = lone(block_size, x0.shape[1])
     alpha = torch.where(ar, 0.0, alpha)
     xt = noise.corrupt(x0, alpha, u)
-    where = noise.charged(xt)
-    states = model.hidden(x0, xt, block_size)[where]  # (M, d)
+    states, ar_states = model.hidden(x0, xt, block_size)
 
     def charge(states, x0, xt, alpha, dalpha, ar):
         logits = model.logits(states)
         ce = cross_entropy(logits, x0)
-        return ce if objective == "ce" else torch.where(ar, ce, noise.nelbo(logits, x0, xt, alpha, dalpha))
+        return ce if objective == "ce" or ar.all() else torch.where(ar, ce, noise.nelbo(logits, x0, xt, alpha, dalpha))
 
-    rows = max(1, chunk // model.config.vocab_size)
-    inputs = states, x0[where], xt[where], alpha[where].float(), dalpha[where].float(), ar[where]  # (M, ...) each
-    parts = list(zip(*(x.split(rows) for x in inputs)))
-    if len(parts) > 1 and torch.is_grad_enabled():  # keep the states, not the logits: backward computes them again
-        losses = [checkpoint(charge, *part, use_reentrant=False) for part in parts]
-    else:
-        losses = [charge(*part) for part in parts]
-    charged = torch.cat(losses) if losses else states[:, 0].float()
-    return torch.zeros(x0.shape, device=x0.device).masked_scatter(where, charged)
+    def losses(states, where, ar):
+        """charge where there is something to charge, in parts; (N, L)."""
+        rows = max(1, chunk // model.config.vocab_size)
+        inputs = states[where], x0[where], xt[where], alpha[where].float(), dalpha[where].float(), ar[where]  # (M, ...) each
+        parts = list(zip(*(x.split(rows) for x in inputs)))
+        if len(parts) > 1 and torch.is_grad_enabled():  # keep the states, not the logits: backward computes them again
+            found = [checkpoint(charge, *part, use_reentrant=False) for part in parts]
+        else:
+            found = [charge(*part) for part in parts]
+        charged = torch.cat(found) if found else states[:0, 0, 0].float()
+        return torch.zeros(x0.shape, device=x0.device).masked_scatter(where, charged)
+
+    total = losses(states, noise.charged(xt), ar)
+    if ar_weight and ar_states is not None:
+        everywhere = torch.ones_like(ar)
+        total = torch.lerp(total, losses(ar_states, everywhere, everywhere), ar_weight)
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,7 +606,8 @@ def load_published(path, device, noise):
         raise ValueError(f"{path} has {K} embeddings: is the last the mask? Say --noise=masked or --noise=uniform")
     V, causal = K - (noise == "masked"), bool(config.get("x0_causal", True))
     check_shapes(published_shapes(K, d, c, heads, layers), w, path)
-    model = BlockGen(Config(V, length, layers, heads, d, noise=noise, token_causal=causal, tied=False, noisy_gain=1.0))
+    model = BlockGen(Config(V, length, layers, heads, d, noise=noise, token_causal=causal, tied=False, noisy_gain=1.0,
+                            ar="paper"))
     if not torch.allclose(w["rotary_emb.inv_freq"].float(), model.angles[1], rtol=1e-4):
         raise ValueError(f"{path}: rotary_emb.inv_freq is not that of base 10000")
     load_weights(model, fold_published({k: v.double() for k, v in w.items()}, V, layers), path)

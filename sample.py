@@ -338,19 +338,22 @@ def quality(tokens, decode, content):
 
 
 def print_table(model, content, decode, args):
-    """Each sampler of GRID: passes a token, quality, entropy of the tokens (low after a collapse), tokens/s."""
+    """Each sampler of GRID: passes and tokens processed for each token written, quality, entropy of the tokens (low after
+    a collapse), tokens/s."""
     kind = "valid transitions" if "transitions" in content["meta"] else "known words"
-    L, V = model.config.seq_len, model.config.vocab_size
+    L, V, processed = model.config.seq_len, model.config.vocab_size, []
+    model.embedding.register_forward_hook(lambda module, inputs, output: processed.append(inputs[0].shape[1]))
     print(f"{args.ckpt}: {model.config.noise} noise, {args.num_samples} samples of {L} tokens; ± standard error\n"
-          f"{'sampler':40} {'passes/token':>12} {kind:>18} {'entropy, nats':>14} {'tokens/s':>9}")
+          f"{'sampler':28} {'passes/token':>12} {'processed/token':>16} {kind:>18} {'entropy, nats':>14} {'tokens/s':>9}")
     for sampler, options in GRID:
+        processed.clear()
         tokens, stats = generate(model, args.num_samples, L, sampler=sampler, seed=args.seed,
                                  temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, **options)
         right = quality(tokens.cpu(), decode, content)
         frequency = torch.bincount(tokens.flatten(), minlength=V).double() / tokens.numel()
         entropy = -(frequency * frequency.clamp(min=1e-300).log()).sum()
         name = " ".join([sampler, *map(str, options.values())])
-        print(f"{name:40} {stats['nfe'] / L:12.3f} {right.mean():10.3f} ± {right.std() / len(right) ** 0.5:.3f} "
+        print(f"{name:28} {stats['nfe'] / L:12.3f} {sum(processed) / L:16.2f} {right.mean():10.3f} ± {right.std() / len(right) ** 0.5:.3f} "
               f"{entropy:14.2f} {stats['tokens_per_second']:9.0f}", flush=True)
 
 

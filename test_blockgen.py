@@ -30,6 +30,9 @@ torch.set_num_threads(1)  # faster for models of this size
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
+BOTH = pytest.mark.parametrize("ar", ["paper", "shift"])
+
+
 def tiny(noise="masked", seed=0, **more):
     """A small model with weights large enough that everything matters."""
     torch.manual_seed(seed)
@@ -369,12 +372,12 @@ def test_kernels_compile_ahead_of_time(architecture, shared_memory, tmp_path):
 # The model
 
 
-@pytest.mark.parametrize("token_causal", [True, False])
+@pytest.mark.parametrize("token_causal, ar", [(True, "paper"), (False, "paper"), (True, "shift")])
 @pytest.mark.parametrize("noise", NOISES)
 @torch.no_grad()
-def test_cached_passes_equal_the_training_pass(noise, token_causal):
+def test_cached_passes_equal_the_training_pass(noise, token_causal, ar):
     """denoise over a whole sequence, for odd block sizes; verify in chunks. The cache is full of NaN where nothing was written."""
-    model = tiny(noise, token_causal=token_causal)
+    model = tiny(noise, token_causal=token_causal, ar=ar)
     x0 = torch.randint(0, 11, (3, 21))
     xt = model.noise.corrupt(x0, 0.5)
     for S in (1, 5, 8, 21):
@@ -396,9 +399,10 @@ def fresh_cache(model, rows):
     return cache
 
 
+@BOTH
 @torch.no_grad()
-def test_one_cache_serves_mixed_block_sizes():
-    model = tiny()
+def test_one_cache_serves_mixed_block_sizes(ar):
+    model = tiny(ar=ar)
     x0 = torch.randint(0, 11, (2, 21))
     xt = model.noise.corrupt(x0, 0.3)
     cache, done = fresh_cache(model, 2), 0
@@ -409,10 +413,11 @@ def test_one_cache_serves_mixed_block_sizes():
         done = begin
 
 
+@BOTH
 @pytest.mark.parametrize("noise", NOISES)
 @torch.no_grad()
-def test_rows_of_different_block_sizes_equal_separate_calls(noise):
-    model = tiny(noise)
+def test_rows_of_different_block_sizes_equal_separate_calls(noise, ar):
+    model = tiny(noise, ar=ar)
     x0 = torch.randint(0, 11, (4, 21))
     xt, sizes = model.noise.corrupt(x0, 0.5), torch.tensor([1, 5, 16, 21])
     together = model(x0, xt, sizes)
@@ -420,11 +425,11 @@ def test_rows_of_different_block_sizes_equal_separate_calls(noise):
         assert close(together[i], model(x0[i : i + 1], xt[i : i + 1], S)[0], 1e-5)
 
 
-@pytest.mark.parametrize("token_causal", [True, False])
+@pytest.mark.parametrize("token_causal, ar", [(True, "paper"), (False, "paper"), (True, "shift")])
 @torch.no_grad()
-def test_nothing_leaks_from_the_future(token_causal):
+def test_nothing_leaks_from_the_future(token_causal, ar):
     """Change a token: no logit of an earlier block moves by a single bit, nor (clean tokens) of its own block; later ones do."""
-    model = tiny(token_causal=token_causal)
+    model = tiny(token_causal=token_causal, ar=ar)
     x0 = torch.randint(0, 11, (1, 21))
     xt = model.noise.corrupt(x0, 0.5)
     for S in (1, 4, 7):
@@ -436,24 +441,33 @@ def test_nothing_leaks_from_the_future(token_causal):
             moved = (model(clean, xt, S) != base).any(-1)[0]
             assert not moved[: begin + S].any() and moved[begin + S :].any()
             moved = (model(x0, noisy, S) != base).any(-1)[0]
-            assert moved[begin : begin + S].any() and not moved[:begin].any() and not moved[begin + S :].any()
+            assert moved[begin : begin + S].any() == (S > 1 or ar == "paper")
+            assert not moved[:begin].any() and not moved[begin + S :].any()
 
 
-def test_loss_is_charged_where_it_should_be():
-    """token_losses against nelbo on all logits; cross-entropy at block size 1; in parts = at once, gradients too."""
-    for noise in NOISES:
-        model = tiny(noise)
-        x0, sizes = torch.randint(0, 11, (3, 21)), torch.tensor([1, 4, 21])
-        t, u = noise_levels(torch.rand(3, 2), torch.rand(3), sizes, 21), torch.rand(3, 21, dtype=torch.float64)
-        losses = token_losses(model, x0, sizes, t, u)
-        alpha, dalpha = 1 - t, -torch.ones_like(t)
-        xt = model.noise.corrupt(x0, torch.where(sizes[:, None] == 1, 0.0, alpha), u)
-        logits = model(x0, xt, sizes)
-        assert close(losses[1:], model.noise.nelbo(logits, x0, xt, alpha, dalpha)[1:], 1e-4)
-        assert close(losses[0], -logits.log_softmax(-1).gather(-1, x0[..., None])[0, :, 0], 1e-5)
-        whole = torch.autograd.grad(losses.sum(), model.embedding.weight)[0]
-        parts = token_losses(model, x0, sizes, t, u, chunk=40)
-        assert close(parts, losses, 1e-5) and close(torch.autograd.grad(parts.sum(), model.embedding.weight)[0], whole, 1e-4)
+@BOTH
+@pytest.mark.parametrize("noise", NOISES)
+def test_loss_is_charged_where_it_should_be(noise, ar):
+    """token_losses against nelbo on all logits; cross-entropy for blocks of one token; in parts = at once, gradients too. The AR loss that
+    ar="shift" yields beside a diffusion loss is that of block size 1."""
+    model = tiny(noise, ar=ar)
+    x0, sizes = torch.randint(0, 11, (3, 21)), torch.tensor([1, 4, 21])
+    t, u = noise_levels(torch.rand(3, 2), torch.rand(3), sizes, 21), torch.rand(3, 21, dtype=torch.float64)
+    losses = token_losses(model, x0, sizes, t, u)
+    alone = torch.zeros(3, 21, dtype=torch.bool)
+    alone[0], alone[1, 20] = True, True  # 21 = 5 x 4 + 1
+    alpha, dalpha = 1 - t, -torch.ones_like(t)
+    xt = model.noise.corrupt(x0, torch.where(alone, 0.0, alpha), u)
+    logits = model(x0, xt, sizes)
+    nll = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]
+    assert close(losses, torch.where(alone, nll, model.noise.nelbo(logits, x0, xt, alpha, dalpha)), 1e-4)
+    for ar_weight in (0, 0.3):
+        whole = token_losses(model, x0, sizes, t, u, ar_weight=ar_weight)
+        parts = token_losses(model, x0, sizes, t, u, ar_weight=ar_weight, chunk=40)
+        gradients = [torch.autograd.grad(x.sum(), model.embedding.weight)[0] for x in (whole, parts)]
+        assert close(parts, whole, 1e-5) and close(*gradients, 1e-4)
+    if ar == "shift":
+        assert close(whole, 0.7 * losses + 0.3 * token_losses(model, x0, torch.ones(3).long(), t, u), 1e-5)
 
 
 def test_noise_levels_are_stratified_and_constant_in_a_block():
@@ -529,6 +543,19 @@ def test_speculative_samples_are_exactly_ar_samples(name):
     assert not chi_square(generate(model, 20_000, n, block_size=3, steps=1, seed=3)[0], p)
 
 
+@pytest.mark.parametrize("noise, ar", [("masked", "paper"), ("masked", "shift"), ("uniform", "shift")])
+@torch.no_grad()
+def test_ar_and_speculative_samples_follow_the_likelihood(noise, ar):
+    """The same with a real model: forward at block size 1 says p(x) of every sequence, and both samplers write with that law."""
+    model = tiny(noise, vocab_size=V, seq_len=n, ar=ar)
+    logits = model(STATES, model.noise.prior(STATES.shape), 1).double()
+    p = logits.log_softmax(-1).gather(-1, STATES[..., None])[..., 0].sum(1).exp()
+    assert p.sum() == pytest.approx(1)
+    assert chi_square(generate(model, 20_000, n, sampler="ar", seed=1)[0], p)
+    assert chi_square(generate(model, 20_000, n, sampler="speculative", block_size=2, seed=2)[0], p)
+    assert not chi_square(generate(model, 20_000, n, block_size=3, steps=1, seed=3)[0], p)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 30])
 def test_ancestral_samples_follow_their_closed_form(steps):
     """steps = 1: the product of the marginals; steps = S: the law pushed through the steps; many: nearly p."""
@@ -592,11 +619,12 @@ class Uncached:
         return torch.cat(rows)
 
 
+@BOTH
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("options", list(variants()), ids=lambda o: "-".join(o.values()))
-def test_samplers(options, noise):
+def test_samplers(options, noise, ar):
     """Cached = recomputed in every pass, token for token; a row does not depend on its batch; given tokens stay; NFE is the number of calls."""
-    model = tiny(noise)
+    model = tiny(noise, ar=ar)
     more = {} if options["sampler"] == "ar" else dict(block_size=5)
     if "steps" in SAMPLERS[options["sampler"]]:
         more["steps"] = 4
@@ -619,15 +647,15 @@ def test_samplers(options, noise):
     for i in range(3):
         alone, _ = generate(model, 1, 21, given=GIVEN[i : i + 1], seed=5, first_row=i, **options, **more)
         assert torch.equal(alone[0], tokens[i])
-    assert torch.equal(generate(Uncached(tiny(noise)), 3, 21, given=GIVEN, seed=5, **options, **more)[0], tokens)
+    assert torch.equal(generate(Uncached(tiny(noise, ar=ar)), 3, 21, given=GIVEN, seed=5, **options, **more)[0], tokens)
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("criterion", ["random", "ar_nll"])
+@pytest.mark.parametrize("criterion, ar", [("random", "paper"), ("ar_nll", "paper"), ("ar_nll", "shift")])
 @torch.no_grad()
-def test_arpc_equals_a_direct_implementation(criterion, noise):
+def test_arpc_equals_a_direct_implementation(criterion, noise, ar):
     """One row, no cache, plain loops, the same random numbers."""
-    model, L, S, T, seed = tiny(noise), 21, 5, 6, 3
+    model, L, S, T, seed = tiny(noise, ar=ar), 21, 5, 6, 3
     number = lambda purpose, step, position: float(uniform(seed, purpose, step, 0, torch.tensor(position)))
     pick = lambda u: model.noise.mask if noise == "masked" else int(u * 11)
     tokens = [0] * L
@@ -649,8 +677,8 @@ def test_arpc_equals_a_direct_implementation(criterion, noise):
                     score = [number(sample.ACCEPT, k + 1, i) for i in block]
                 else:
                     prior = torch.tensor([[pick(number(sample.PRIOR, 0, i)) for i in range(L)]])
-                    ar = model(torch.tensor([tokens]), prior, 1)[0].double().log_softmax(-1)
-                    score = [-float(ar[i, tokens[i]]) for i in block]
+                    verdict = model(torch.tensor([tokens]), prior, 1)[0].double().log_softmax(-1)
+                    score = [-float(verdict[i, tokens[i]]) for i in block]
                 worst = sorted(range(len(xt)), key=lambda i: -score[i])[: max(1, round((1 - alpha_s) * len(xt)))]
                 for i in worst:
                     xt[i] = pick(number(sample.RENOISE, k + 1, begin + i))
@@ -799,7 +827,7 @@ def test_accumulation_and_processes_change_nothing(data_dir, tmp_path):
 
 def test_block_sizes_are_stratified_over_the_batch(data_dir):
     tokens = train.open_data(os.path.join(data_dir, "markov"))[0]
-    args = train.parse_args([*SMALL, "--block_sizes=1,5,24", "--block_weights=0.25,0.5,0.25"])
+    args = train.parse_args([*SMALL, "--block_sizes=1,5,24", "--block_weights=0.25,0.5,0.25", "--ar=paper"])
     for step in range(20):
         parts = [train.draw_batch(args, tokens, step, rows, "cpu") for rows in torch.arange(8).chunk(2)]
         sizes = torch.cat([part[1] for part in parts])
@@ -808,10 +836,14 @@ def test_block_sizes_are_stratified_over_the_batch(data_dir):
         assert torch.equal(x0, torch.cat([part[0] for part in parts])) and torch.equal(t, torch.cat([part[2] for part in parts]))
         levels = t[sizes == 5][:, ::5].flatten().sort().values  # 4 rows of 5 blocks: one level in each twentieth
         assert close(levels.diff(), torch.tensor((1 - 1e-3) / 20), 1e-6)
+    args.ar = "shift"  # here no row is given away to block size 1: every row has it beside its own
+    sizes, weights, ar_weight = train.mixture(args)
+    assert sizes.tolist() == [5, 24] and weights.tolist() == pytest.approx([2 / 3, 1 / 3]) and ar_weight == 0.25
 
 
-def test_validation_depends_on_neither_batch_size_nor_call(data_dir):
-    tokens, model = train.open_data(os.path.join(data_dir, "markov"))[1], tiny(vocab_size=12, seq_len=24)
+@BOTH
+def test_validation_depends_on_neither_batch_size_nor_call(data_dir, ar):
+    tokens, model = train.open_data(os.path.join(data_dir, "markov"))[1], tiny(vocab_size=12, seq_len=24, ar=ar)
     for S in (1, 5, 24):
         a, b = (train.evaluate(model, tokens, S, 11, draws=3, batch_size=size) for size in (1, 64))
         assert a.shape == (3, 11) and close(a, b, 1e-5)
@@ -955,12 +987,13 @@ def test_model_learns_a_markov_chain(data_dir, learned):
 # Likelihood
 
 
+@BOTH
 @pytest.mark.parametrize("noise", NOISES)
 @torch.no_grad()
-def test_the_bounds_are_bounds(noise):
+def test_the_bounds_are_bounds(noise, ar):
     """For a model small enough to enumerate: NELBO(3), and the log-sum-exp bound of a mixture of block sizes 1 and 3, against the exact
     likelihoods; p_3 is the law of ancestral sampling in many steps. evaluate() estimates that NELBO without bias."""
-    model = tiny(noise, vocab_size=V, seq_len=n)
+    model = tiny(noise, vocab_size=V, seq_len=n, ar=ar)
     answer = lambda xt, alpha=None: model(torch.zeros_like(xt), xt, n).double()
     nelbo = exact_nelbo(model.noise, lambda alpha: answer(noisy_states(model.noise)), STATES)
     p3 = ancestral_law(model.noise, lambda xt, alpha: answer(xt).softmax(-1), 500)

@@ -38,7 +38,7 @@ PRESETS = {
     "gpu": dict(n_layer=8, n_head=8, n_embd=512, seq_len=256, dropout=0.1, batch_size=128, max_iters=5000,
                 learning_rate=1e-3, warmup_iters=100, ema=0.999, eval_seqs=256),
     "paper": dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, dropout=0.1, tied=False, noisy_gain=1.0,
-                  block_weights="0.05,0.95", batch_size=512, grad_accum=16, max_iters=1_000_000, optimizer="adamw",
+                  ar="paper", block_weights="0.05,0.95", batch_size=512, grad_accum=16, max_iters=1_000_000, optimizer="adamw",
                   learning_rate=3e-4, lr_decay="constant", warmup_iters=2500, weight_decay=0.0, ema=0.9999,
                   eval_interval=5000, eval_seqs=256),
 }
@@ -71,16 +71,28 @@ def crops(tokens, starts, length, device):
     return torch.from_numpy(rows).to(device)
 
 
+def mixture(args):
+    """(block sizes (B,), weights (B,)) of the rows of a batch, and the share of the AR loss in the loss of every row.
+
+    In the paper block size 1 takes rows of its own. With --ar=shift every row has it for free: the others take all."""
+    sizes, weights = torch.tensor(args.block_sizes), torch.tensor(args.block_weights, dtype=torch.float64)
+    if args.ar == "paper" or sizes.max() == 1:
+        return sizes, weights, 0.0
+    others = sizes > 1
+    ar_weight = weights[~others].sum().item()
+    return sizes[others], weights[others] / (1 - ar_weight), ar_weight
+
+
 def draw_batch(args, tokens, step, rows, device):
     """Everything random about the given rows (R,) of a step's batch: x0 (R, L), block sizes (R,), t (R, L), u (R, L).
 
     Block sizes and, within the rows of one size, noise levels are stratified over the whole batch."""
     key = (args.seed, step)
-    weights = torch.tensor(args.block_weights, dtype=torch.float64)
+    block_sizes, weights, _ = mixture(args)
     place = (rows + uniform(*key, 0)) / args.batch_size  # the batch tiles [0, 1)
     mine = torch.searchsorted(weights.cumsum(0), place, right=True).clamp(max=len(weights) - 1)
     inner = ((place - (weights.cumsum(0) - weights)[mine]) / weights[mine]).clamp(0, 1)  # and so does each size in it
-    sizes = torch.tensor(args.block_sizes)[mine]
+    sizes = block_sizes[mine]
     shift = torch.stack([uniform(*key, 1).expand(len(rows)), uniform(*key, 2, rows)], 1)
     t = noise_levels(shift, inner, sizes, args.seq_len)
     u = uniform(*key, 3, rows[:, None], torch.arange(args.seq_len))
@@ -264,7 +276,7 @@ def accumulate_gradients(model, args, tokens, step, rank=0, world=1, device="cpu
         torch.manual_seed(hash((args.seed, step, rank, i)) % 2**63)  # for dropout
         x0, sizes, t, u = draw_batch(args, tokens, step, rows, device)
         with autocast:
-            loss = token_losses(model, x0, sizes, t, u, args.loss).sum() / (args.batch_size * args.seq_len)
+            loss = token_losses(model, x0, sizes, t, u, args.loss, mixture(args)[2]).sum() / (args.batch_size * args.seq_len)
         loss.backward()
         total += loss.detach()
     if world > 1:
@@ -336,6 +348,8 @@ def make_parser():
     flag("noise", "masked", "kind of noise", choices=["masked", "uniform"])
     flag("schedule", "linear", "of alpha(t)", choices=["linear", "cosine"])
     flag("token_causal", True, "clean tokens see clean tokens up to themselves; False: to the end of their block")
+    flag("ar", "shift", "who predicts token i at block size 1: shift: clean token i - 1; paper: a noise token at i",
+         choices=["shift", "paper"])
     flag("seq_len", 128, "context length L")
     flag("n_layer", 4, "layers")
     flag("n_head", 4, "attention heads")
@@ -486,8 +500,10 @@ def start(args):
     shape = {f.name: getattr(args, f.name) for f in fields(Config) if f.name != "vocab_size"}
     run.model = BlockGen(Config(vocab_size=run.meta["vocab_size"], **shape)).to(run.device)
     if args.init_from:
-        weights = load_checkpoint(args.init_from, run.device, args.noise)[0].state_dict()
-        load_weights(run.model, weights, args.init_from)
+        source = load_checkpoint(args.init_from, run.device, args.noise)[0]
+        if source.config.ar != args.ar:
+            raise ValueError(f"{args.init_from} is a model with --ar={source.config.ar}: say so")
+        load_weights(run.model, source.state_dict(), args.init_from)
     run.average = copy.deepcopy(run.model).eval()
     run.optimizers = make_optimizers(run.model, args)
     run.path = os.path.join(args.out_dir, "ckpt.pt")
