@@ -190,10 +190,9 @@ def attention_torch(q, k, v, view):
 
 
 def tile_lists(view, n_keys):
-    """Which tiles hold a visible pair: for each tile of queries the list of key tiles to visit, and the transpose.
-
-    Two pairs (order, count), int32. order (R, tiles, others): those visible as a whole first, then the partly visible,
-    then the rest. count (R, tiles, 2): how many are whole, and how many to visit. R is 1, or N if rows differ."""
+    """Which tiles hold a visible pair: for each tile of queries, (R, tiles, 2 + others) int32: how many key tiles it sees
+    as a whole, how many it sees at all, and their numbers, the whole ones first; and the transpose, for each tile of keys.
+    R is 1, or N if the rows of the batch differ."""
     prefix, start, end = (x.reshape(-1, x.shape[-1], 1) for x in (view.prefix, view.start, view.end))
     first = torch.arange(0, n_keys, TILE, device=prefix.device)  # the key tiles (KT,)
     some = (first < prefix) | ((first < end) & (start < first + TILE) & (start < end))  # (R, Q, KT)
@@ -204,13 +203,23 @@ def tile_lists(view, n_keys):
     state = some.int() + (some & whole).int()  # 0 nobody sees it, 1 masked, 2 whole
 
     def listed(state):
-        order = state.argsort(dim=-1, descending=True, stable=True)
-        return order.int().contiguous(), torch.stack([(state == 2).sum(-1), (state > 0).sum(-1)], -1).int()
+        counts = torch.stack([(state == 2).sum(-1), (state > 0).sum(-1)], -1)
+        return torch.cat([counts, state.argsort(dim=-1, descending=True, stable=True)], -1).int()
 
     return listed(state), listed(state.transpose(1, 2))
 
 
 if triton is not None:
+
+    @triton.jit
+    def load_tile(X, index, n, D: tl.constexpr):
+        """The rows `index` of X (n, D); zeros behind the last."""
+        return tl.load(X + index[:, None] * D + tl.arange(0, D)[None, :], mask=(index < n)[:, None], other=0.0)
+
+    @triton.jit
+    def store_tile(X, x, index, n, D: tl.constexpr):
+        at = X + index[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(at, x.to(X.dtype.element_ty), mask=(index < n)[:, None])
 
     @triton.jit
     def visible(BOUNDS, rows, keys, n_queries, n_keys):
@@ -221,35 +230,27 @@ if triton is not None:
         return ((key < prefix) | ((start <= key) & (key < end))) & (key < n_keys) & (rows[:, None] < n_queries)
 
     @triton.jit
-    def forward_kernel(Q, K, V, BOUNDS, ORDER, COUNT, O, LSE, scale, n_queries, n_keys, others, bounds_step, list_step,
-                       heads, D: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr):
+    def forward_kernel(Q, K, V, BOUNDS, LISTS, O, LSE, scale, n_queries, n_keys, heads, bounds_step, list_step, list_size,
+                       D: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr):
         """o and log2-sum-exp2 of one tile of queries over every SPLITS-th of its key tiles (online softmax)."""
         tile, head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-        rows, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
-        at_q = rows[:, None] * D + d[None, :]
-        q = tl.load(Q + head * n_queries * D + at_q, mask=rows[:, None] < n_queries, other=0.0)
-        K += head * n_keys * D
-        V += head * n_keys * D
         BOUNDS += head // heads * bounds_step
-        COUNT += (head // heads * list_step + tile) * 2
-        ORDER += (head // heads * list_step + tile) * others
+        LISTS += head // heads * list_step + tile * list_size
+        rows = tile * TILE + tl.arange(0, TILE)
+        q = load_tile(Q + head * n_queries * D, rows, n_queries, D)
         top = tl.full([TILE], float("-inf"), tl.float32)  # running maximum
         total = tl.zeros([TILE], tl.float32)  # running sum of 2^(score - top)
         acc = tl.zeros([TILE, D], tl.float32)
         begin = split
         for masked in tl.static_range(2):  # first the whole tiles, then the masked ones
-            stop = tl.load(COUNT + masked)
+            stop = tl.load(LISTS + masked)
             for i in range(begin, stop, SPLITS):
-                keys = tl.load(ORDER + i) * TILE + tl.arange(0, TILE)
-                at_k = keys[:, None] * D + d[None, :]
+                keys = tl.load(LISTS + 2 + i) * TILE + tl.arange(0, TILE)
                 if masked:
                     seen = visible(BOUNDS, rows, keys, n_queries, n_keys)
-                    valid = tl.max(seen.to(tl.int32), 0)[:, None] > 0  # what nobody sees may hold anything, even NaN
-                    k = tl.load(K + at_k, mask=valid, other=0.0)
-                    v = tl.load(V + at_k, mask=valid, other=0.0)
-                else:
-                    k = tl.load(K + at_k)
-                    v = tl.load(V + at_k)
+                    keys = tl.where(tl.max(seen.to(tl.int32), 0) > 0, keys, n_keys)  # the others may hold anything, even NaN
+                k = load_tile(K + head * n_keys * D, keys, n_keys, D)
+                v = load_tile(V + head * n_keys * D, keys, n_keys, D)
                 s = tl.dot(q, tl.trans(k)) * scale
                 if masked:
                     s = tl.where(seen, s, float("-inf"))
@@ -261,92 +262,82 @@ if triton is not None:
                 acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v)
                 top = new
             begin += tl.maximum((stop - begin + SPLITS - 1) // SPLITS, 0) * SPLITS
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         part = split * tl.num_programs(1) + head
-        tl.store(O + part * n_queries * D + at_q, acc.to(O.dtype.element_ty), mask=rows[:, None] < n_queries)
+        store_tile(O + part * n_queries * D, acc / tl.where(total > 0, total, 1.0)[:, None], rows, n_queries, D)
         lse = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
         tl.store(LSE + part * n_queries + rows, lse, mask=rows < n_queries)
 
     @triton.jit
-    def tile_gradient(q, k, v, do, lse, delta, scale):
-        """p and dL/dscore of one tile, recomputed from the log-sum-exp: ds = p (do v' - delta), delta = do . o."""
-        p = tl.exp2(tl.dot(q, tl.trans(k)) * scale - lse[:, None])
-        return p, p * (tl.dot(do, tl.trans(v)) - delta[:, None])
+    def load_queries(Q, DO, LSE, DELTA, rows, n_queries, D: tl.constexpr):
+        """What backward needs of a tile of queries: q, dL/do, log2-sum-exp2, and delta = dL/do . o."""
+        lse = tl.load(LSE + rows, mask=rows < n_queries, other=0.0)
+        delta = tl.load(DELTA + rows, mask=rows < n_queries, other=0.0)
+        return load_tile(Q, rows, n_queries, D), load_tile(DO, rows, n_queries, D), lse, delta
 
     @triton.jit
-    def dq_kernel(Q, K, V, DO, LSE, DELTA, BOUNDS, ORDER, COUNT, DQ, scale, n_queries, n_keys, others, bounds_step,
-                  list_step, heads, D: tl.constexpr, TILE: tl.constexpr):
+    def tile_softmax(q, k, lse, scale, BOUNDS, rows, keys, n_queries, n_keys, masked: tl.constexpr):
+        """p of one tile, recomputed from the log-sum-exp. With it, dL/dscore = p (do v' - delta)."""
+        p = tl.exp2(tl.dot(q, tl.trans(k)) * scale - lse[:, None])
+        if masked:
+            p = tl.where(visible(BOUNDS, rows, keys, n_queries, n_keys), p, 0.0)
+        return p
+
+    @triton.jit
+    def dq_kernel(Q, K, V, DO, LSE, DELTA, BOUNDS, LISTS, DQ, scale, n_queries, n_keys, heads, bounds_step, list_step,
+                  list_size, D: tl.constexpr, TILE: tl.constexpr):
         """dq of one tile of queries: the forward's walk over its key tiles."""
         tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        rows, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
-        inside, at_q = rows < n_queries, rows[:, None] * D + d[None, :]
-        q = tl.load(Q + head * n_queries * D + at_q, mask=inside[:, None], other=0.0)
-        do = tl.load(DO + head * n_queries * D + at_q, mask=inside[:, None], other=0.0)
-        lse = tl.load(LSE + head * n_queries + rows, mask=inside, other=0.0)
-        delta = tl.load(DELTA + head * n_queries + rows, mask=inside, other=0.0)
         BOUNDS += head // heads * bounds_step
-        COUNT += (head // heads * list_step + tile) * 2
-        ORDER += (head // heads * list_step + tile) * others
+        LISTS += head // heads * list_step + tile * list_size
+        rows, at = tile * TILE + tl.arange(0, TILE), head * n_queries * D
+        q, do, lse, delta = load_queries(Q + at, DO + at, LSE + at // D, DELTA + at // D, rows, n_queries, D)
         dq = tl.zeros([TILE, D], tl.float32)
         begin = 0
         for masked in tl.static_range(2):
-            stop = tl.load(COUNT + masked)
+            stop = tl.load(LISTS + masked)
             for i in range(begin, stop):
-                keys = tl.load(ORDER + i) * TILE + tl.arange(0, TILE)
-                valid = (keys < n_keys)[:, None]
-                at_k = head * n_keys * D + keys[:, None] * D + d[None, :]
-                k = tl.load(K + at_k, mask=valid, other=0.0)
-                v = tl.load(V + at_k, mask=valid, other=0.0)
-                p, ds = tile_gradient(q, k, v, do, lse, delta, scale)
-                if masked:
-                    ds = tl.where(visible(BOUNDS, rows, keys, n_queries, n_keys), ds, 0.0)
+                keys = tl.load(LISTS + 2 + i) * TILE + tl.arange(0, TILE)
+                k = load_tile(K + head * n_keys * D, keys, n_keys, D)
+                v = load_tile(V + head * n_keys * D, keys, n_keys, D)
+                p = tile_softmax(q, k, lse, scale, BOUNDS, rows, keys, n_queries, n_keys, masked)
+                ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])
                 dq += tl.dot(ds.to(k.dtype), k)
             begin = stop
-        dq *= scale * 0.6931471805599453  # scale counts in powers of 2
-        tl.store(DQ + head * n_queries * D + at_q, dq.to(DQ.dtype.element_ty), mask=inside[:, None])
+        store_tile(DQ + head * n_queries * D, dq * (scale * 0.6931471805599453), rows, n_queries, D)  # scale holds log2(e)
 
     @triton.jit
-    def dkdv_kernel(Q, K, V, DO, LSE, DELTA, BOUNDS, ORDER, COUNT, DK, DV, scale, n_queries, n_keys, others,
-                    bounds_step, list_step, heads, D: tl.constexpr, TILE: tl.constexpr):
+    def dkdv_kernel(Q, K, V, DO, LSE, DELTA, BOUNDS, LISTS, DK, DV, scale, n_queries, n_keys, heads, bounds_step,
+                    list_step, list_size, D: tl.constexpr, TILE: tl.constexpr):
         """dk and dv of one tile of keys: a walk over the query tiles that see it (the transposed lists)."""
         tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        keys, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
-        valid, at_k = (keys < n_keys)[:, None], head * n_keys * D + keys[:, None] * D + d[None, :]
-        k = tl.load(K + at_k, mask=valid, other=0.0)
-        v = tl.load(V + at_k, mask=valid, other=0.0)
         BOUNDS += head // heads * bounds_step
-        COUNT += (head // heads * list_step + tile) * 2
-        ORDER += (head // heads * list_step + tile) * others
+        LISTS += head // heads * list_step + tile * list_size
+        keys, at = tile * TILE + tl.arange(0, TILE), head * n_queries * D
+        k = load_tile(K + head * n_keys * D, keys, n_keys, D)
+        v = load_tile(V + head * n_keys * D, keys, n_keys, D)
         dk, dv = tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, D], tl.float32)
         begin = 0
         for masked in tl.static_range(2):
-            stop = tl.load(COUNT + masked)
+            stop = tl.load(LISTS + masked)
             for i in range(begin, stop):
-                rows = tl.load(ORDER + i) * TILE + tl.arange(0, TILE)
-                inside, at_q = rows < n_queries, head * n_queries * D + rows[:, None] * D + d[None, :]
-                q = tl.load(Q + at_q, mask=inside[:, None], other=0.0)
-                do = tl.load(DO + at_q, mask=inside[:, None], other=0.0)
-                lse = tl.load(LSE + head * n_queries + rows, mask=inside, other=0.0)
-                delta = tl.load(DELTA + head * n_queries + rows, mask=inside, other=0.0)
-                p, ds = tile_gradient(q, k, v, do, lse, delta, scale)
-                if masked:
-                    seen = visible(BOUNDS, rows, keys, n_queries, n_keys)
-                    p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
+                rows = tl.load(LISTS + 2 + i) * TILE + tl.arange(0, TILE)
+                q, do, lse, delta = load_queries(Q + at, DO + at, LSE + at // D, DELTA + at // D, rows, n_queries, D)
+                p = tile_softmax(q, k, lse, scale, BOUNDS, rows, keys, n_queries, n_keys, masked)
                 dv += tl.dot(tl.trans(p.to(do.dtype)), do)
+                ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])
                 dk += tl.dot(tl.trans(ds.to(q.dtype)), q)
             begin = stop
-        dk *= scale * 0.6931471805599453
-        tl.store(DK + at_k, dk.to(DK.dtype.element_ty), mask=valid)
-        tl.store(DV + at_k, dv.to(DV.dtype.element_ty), mask=valid)
+        store_tile(DK + head * n_keys * D, dk * (scale * 0.6931471805599453), keys, n_keys, D)
+        store_tile(DV + head * n_keys * D, dv, keys, n_keys, D)
 
 
 def launch(head_size):
     """Launch options for a head size: a larger tile needs more warps, or its registers spill."""
-    return dict(num_warps=4 if head_size <= 64 else 8, num_stages=2)
+    return dict(D=head_size, TILE=TILE, num_warps=4 if head_size <= 64 else 8, num_stages=2)
 
 
 def kernel_arguments(q, k, view):
-    """What every kernel needs to know of a view: the bounds, both tile lists, the numbers."""
+    """(bounds, lists by query, lists by key, function of lists: the numbers) that the kernels need to know of a view."""
 
     def make():
         bounds = torch.stack([view.prefix, view.start, view.end], -1).int().contiguous()  # (Q, 3) or (N, Q, 3)
@@ -354,20 +345,18 @@ def kernel_arguments(q, k, view):
 
     bounds, by_query, by_key = view.plan("tiles", make)
     own = bounds.dim() == 3  # the rows have views of their own
-    numbers = [math.log2(math.e) / math.sqrt(q.shape[3]), q.shape[2], k.shape[2]]
-    sizes = lambda order: [order.shape[2], q.shape[2] * 3 * own, order.shape[1] * own, q.shape[1]]
-    return bounds, by_query, by_key, numbers, sizes
+    shared = [math.log2(math.e) / math.sqrt(q.shape[3]), q.shape[2], k.shape[2], q.shape[1], q.shape[2] * 3 * own]
+    return bounds, by_query, by_key, lambda lists: shared + [lists[0].numel() * own, lists.shape[2]]
 
 
 def run_forward(q, k, v, view, splits):
     """o (N, H, Q, D) and the log2-sum-exp2 of the scores (N, H, Q), each of `splits` parts of the keys merged."""
-    bounds, (order, count), _, numbers, sizes = kernel_arguments(q, k, view)
+    bounds, lists, _, numbers = kernel_arguments(q, k, view)
     n, h, n_queries, d = q.shape
     o = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
     lse = q.new_empty(splits, n, h, n_queries, dtype=torch.float32)
-    grid = (order.shape[1], n * h, splits)
-    fixed = dict(D=d, TILE=TILE, SPLITS=splits, **launch(d))
-    forward_kernel[grid](q, k, v, bounds, order, count, o, lse, *numbers, *sizes(order), **fixed)
+    grid = (lists.shape[1], n * h, splits)
+    forward_kernel[grid](q, k, v, bounds, lists, o, lse, *numbers(lists), SPLITS=splits, **launch(d))
     if splits == 1:
         return o[0], lse[0]
     weight = torch.softmax(lse * math.log(2), 0).nan_to_num(0)  # all parts empty: zeros
@@ -385,14 +374,13 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        bounds, (q_order, q_count), (k_order, k_count), numbers, sizes = kernel_arguments(q, k, ctx.view)
+        bounds, by_query, by_key, numbers = kernel_arguments(q, k, ctx.view)
         do = do.contiguous()
         delta = (do.float() * o.float()).sum(-1)  # (N, H, Q)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        common, fixed = (q, k, v, do, lse, delta, bounds), dict(D=q.shape[3], TILE=TILE, **launch(q.shape[3]))
-        heads = q.shape[0] * q.shape[1]
-        dq_kernel[(q_order.shape[1], heads)](*common, q_order, q_count, dq, *numbers, *sizes(q_order), **fixed)
-        dkdv_kernel[(k_order.shape[1], heads)](*common, k_order, k_count, dk, dv, *numbers, *sizes(k_order), **fixed)
+        inputs, heads, options = (q, k, v, do, lse, delta, bounds), q.shape[0] * q.shape[1], launch(q.shape[3])
+        dq_kernel[(by_query.shape[1], heads)](*inputs, by_query, dq, *numbers(by_query), **options)
+        dkdv_kernel[(by_key.shape[1], heads)](*inputs, by_key, dk, dv, *numbers(by_key), **options)
         return dq, dk, dv, None
 
 
