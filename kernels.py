@@ -150,15 +150,13 @@ class ChunkedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, chunks):
         o, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         for rows, pieces in chunks:
-            for i, (keys, mask, blind) in enumerate(pieces):
+            for keys, mask, blind in pieces:
                 part, part_lse = ChunkedAttention.kernel(q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask)
                 if blind is not None:
                     part_lse = part_lse.masked_fill(blind, -math.inf)
-                if i:
-                    weight = torch.sigmoid(part_lse - lse[:, :, rows]).nan_to_num(0)[..., None]  # nan: blind in both
-                    part = torch.lerp(o[:, :, rows], part, weight.to(part.dtype))
-                    part_lse = torch.logaddexp(lse[:, :, rows], part_lse)
-                o[:, :, rows], lse[:, :, rows] = part, part_lse
+                weight = torch.sigmoid(part_lse - lse[:, :, rows]).nan_to_num(0)  # nan: blind to all so far
+                o[:, :, rows].lerp_(part, weight[..., None].to(part.dtype))
+                lse[:, :, rows] = torch.logaddexp(lse[:, :, rows], part_lse)
         ctx.save_for_backward(q, k, v, o, lse.masked_fill(lse == -math.inf, math.inf))  # exp(score - inf) = 0
         ctx.chunks = chunks
         return o
@@ -177,11 +175,12 @@ class ChunkedAttention(torch.autograd.Function):
 
 
 def attention_torch(q, k, v, view):
-    """block_attention in PyTorch: each chunk of queries attends to just the keys in its two ranges."""
+    """block_attention in PyTorch: on a CPU each chunk of queries attends to just the keys in its two ranges. A short pass is
+    fastest in one piece under a mask; so is everything on a GPU for which there is no Triton."""
     n_queries = q.shape[2]
-    if n_queries > 2 * CHUNK:
+    if n_queries > 2 * CHUNK and q.device.type == "cpu":
         return ChunkedAttention.apply(q, k, v, view.plan(q.dtype, lambda: make_chunks(view, n_queries, q.dtype)))
-    mask = view.plan("mask", lambda: make_mask(view))  # one piece is fastest if it is short
+    mask = view.plan("mask", lambda: make_mask(view))
     return F.scaled_dot_product_attention(q, k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]], mask)
 
 

@@ -72,9 +72,9 @@ def crops(tokens, starts, length, device):
 
 
 def mixture(args):
-    """(block sizes (B,), weights (B,)) of the rows of a batch, and the share of the AR loss in the loss of every row.
+    """(block sizes (B,), weights (B,)) of the rows of a batch, and the share of block size 1 in the loss of every row.
 
-    In the paper block size 1 takes rows of its own. With --ar=shift every row has it for free: the others take all."""
+    In the paper block size 1 takes rows of its own. With --ar=shift every row has it beside another block size."""
     sizes, weights = torch.tensor(args.block_sizes), torch.tensor(args.block_weights, dtype=torch.float64)
     if args.ar == "paper" or sizes.max() == 1:
         return sizes, weights, 0.0
@@ -359,7 +359,7 @@ def make_parser():
     flag("noisy_gain", 0.1, "where the learned gain on noisy tokens' embeddings starts")
     # objective
     flag("block_sizes", "1,16", "block sizes S to mix, any from 1 to L", type=numbers(int))
-    flag("block_weights", "0.5,0.5", "share of each in the rows of a batch", type=numbers(float))
+    flag("block_weights", "0.5,0.5", "share of each in the loss", type=numbers(float))
     flag("loss", "nelbo", "nelbo: the likelihood bound; ce: unweighted, for masked noise", choices=["nelbo", "ce"])
     # optimization
     flag("max_iters", 1800, "steps")
