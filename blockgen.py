@@ -344,10 +344,10 @@ class BlockGen(nn.Module):
         return F.linear(states, weight, self.head.bias)
 
     def hidden(self, x0, xt, block_size):
-        """The states (N, L, d) that predict x0 (N, L) at block sizes (N,), and those at block size 1 (None under ar="paper").
+        """The states (N, L, d) that predict x0 (N, L) at block sizes (N,); and under ar="shift" those at block size 1, else None.
 
-        They are those of the noisy half, where every block of xt stands in the light of the clean blocks before it. But
-        under ar="shift" a lone token has that of the clean token before it; without other tokens the noisy half is left out."""
+        A noisy token speaks for its own position, in the light of its block and of the clean blocks before it. Under
+        ar="shift" the clean token before it speaks for a lone token; if all are alone, the noisy half is left out."""
         N, L = x0.shape
         shift, alone = self.config.ar == "shift", lone(block_size, L)
         xt = xt[:, :0] if shift and alone.all() else xt

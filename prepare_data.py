@@ -44,15 +44,27 @@ def run_script(main):
         sys.exit(2)
 
 
+def boolean(text):
+    """argparse type."""
+    if str(text).lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return str(text).lower() in ("true", "1")
+
+
 def new_parser(description):
-    """An argparse parser that shows defaults, takes no abbreviations, and whose errors are one line."""
+    """An argparse parser that takes no abbreviations and whose errors are one line; parser.flag(name, default, help) adds a
+    flag of the default's type, and tells the default."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(message):
         raise ValueError(f"{message} (--help lists the flags)")
 
-    parser.error = error
+    def flag(name, default, help, **more):
+        more.setdefault("type", boolean if isinstance(default, bool) else type(default))
+        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **more)
+
+    parser.error, parser.flag = error, flag
     return parser
 
 
@@ -319,15 +331,15 @@ def prepare(name, data_dir="data", input=None, tokenizer="bpe:1024", states=64, 
 
 def main():
     parser = new_parser(__doc__)
-    flag = parser.add_argument
-    flag("name", nargs="?", default="pydocs", choices=["pydocs", "markov", "shakespeare", "text", "openwebtext"])
-    flag("--data_dir", default="data", help="the dataset becomes a folder in here (default: %(default)s)")
-    flag("--input", help="text: the UTF-8 file to read")
-    flag("--tokenizer", default="bpe:1024", help="bpe:SIZE, learned from the text; char; gpt2 (default: %(default)s)")
-    flag("--states", type=int, default=64, help="markov: number of states (default: %(default)s)")
-    flag("--successors", type=int, default=8, help="markov: successors of a state (default: %(default)s)")
-    flag("--tokens", type=int, default=1_000_000, help="markov: how many to draw (default: %(default)s)")
-    flag("--seed", type=int, default=0, help="markov: seed (default: %(default)s)")
+    names = ["pydocs", "markov", "shakespeare", "text", "openwebtext"]
+    parser.add_argument("name", nargs="?", default="pydocs", choices=names)
+    parser.flag("data_dir", "data", "the dataset becomes a folder in here")
+    parser.flag("input", None, "text: the UTF-8 file to read", type=str)
+    parser.flag("tokenizer", "bpe:1024", "bpe:SIZE, learned from the text; char; gpt2")
+    parser.flag("states", 64, "markov: number of states")
+    parser.flag("successors", 8, "markov: successors of a state")
+    parser.flag("tokens", 1_000_000, "markov: how many to draw")
+    parser.flag("seed", 0, "markov: seed")
     args = parser.parse_args()
     used = {"text": ["input", "tokenizer"], "markov": ["states", "successors", "tokens", "seed"], "openwebtext": []}
     for name in ("input", "tokenizer", "states", "successors", "tokens", "seed"):

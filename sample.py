@@ -412,10 +412,7 @@ def read_given(args, tokenizer, longest):
 def make_parser():
     defaults = {k: p.default for k, p in inspect.signature(generate).parameters.items()}
     parser = new_parser(__doc__)
-
-    def flag(name, default, help, **more):
-        more.setdefault("type", type(default))
-        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **more)
+    flag = parser.flag
 
     def option(name, help, **more):
         """A flag of some samplers only: it has to be refused by the others, so what was not given stays None."""

@@ -323,19 +323,9 @@ def numbers(kind):
     return parse
 
 
-def boolean(text):
-    if str(text).lower() not in ("true", "false", "1", "0"):
-        raise ValueError
-    return str(text).lower() in ("true", "1")
-
-
 def make_parser():
     parser = new_parser(__doc__)
-
-    def flag(name, default, help, **more):
-        more.setdefault("type", boolean if isinstance(default, bool) else type(default))
-        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **more)
-
+    flag = parser.flag
     flag("preset", "auto", "sets the defaults of other flags; auto: gpu where there is one", choices=["auto", *PRESETS])
     flag("dataset", "pydocs", "a folder under data_dir made by prepare_data.py; pydocs and markov are made if missing")
     flag("data_dir", "data", "where the datasets are")
