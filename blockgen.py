@@ -1,92 +1,163 @@
-"""BlockGen: one transformer that is an autoregressive model at block size 1 and a block diffusion model at any other.
+"""BlockGen: one transformer that is an autoregressive (AR) model at block size 1, and a block
+diffusion model at any other. It trains on a clean and a noisy copy of a text side by side.
+Who sees whom is the only subtle thing. For four tokens and block size 2:
 
-The whole model, in the order in which it is used:
-  random numbers   a draw depends on its key alone, so batches, processes and resumption cannot change it
-  noise            masked and uniform: corrupt, the likelihood bound, the reverse step (exact, and sampled)
-  transformer      pre-LN, rotary; trained on [clean | noisy] in one pass, sampled from one KV cache
-  loss             one noise level a block, exact cross-entropy at block size 1
-  checkpoints      ours, and the published ones
+                     clean      noisy
+                   1 2 3 4    1 2 3 4
+    clean token 1  x                      a clean token sees the tokens up to itself, whatever
+                2  x x                    the block size, so that one cache of keys and values
+                3  x x x                  serves every block size
+                4  x x x x
+    noisy token 1             x x         a noisy token sees its own block, which is noisy,
+                2             x x
+                3  x x            x x     and the clean tokens before that block
+                4  x x            x x
 
-Notation: N rows, L = seq_len, S = block_size, V = vocab_size, K embedding rows (V, and a mask for masked noise), x0
-clean tokens, xt noisy ones, t in (0, 1] the noise level, alpha(t) the probability that a token is still clean. Losses
-are in nats per token.
+In this file: the settings, the transformer, the noise, the model with its loss, generation with
+the cache; then initialization, random numbers, checkpoints.
+
+Notation: N rows, L = seq_len, S = block_size, V = vocab_size, K rows of the embedding (V, and one
+for the mask), d = n_embd, H heads of D; x0 clean tokens, xt noisy ones, t in (0, 1] the noise
+level, alpha(t) the probability that a token is still clean. Losses are in nats per token.
 
 BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM, arXiv 2503.09573.
+
+    python blockgen.py FROM OUT.pt     # converts published weights: a folder, or hf:org/repo/folder
 """
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass
+from functools import partial
 
+# How long OpenMP's threads spin while they wait. The default is for ever: on a machine whose cores
+# are busy with something else, that makes everything a hundred times slower. Before torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import block_attention, causal, denoise_view, train_view, verify_view
+from kernels import block_attention, causal_view, denoise_view, train_view, verify_view
+from prepare_data import (
+    check_settings,
+    parse_flags,
+    read_tokenizer,
+    run_script,
+)
 
 
 @dataclass
 class Config:
-    vocab_size: int = 1024  # V, the data's tokens
-    seq_len: int = 256  # L, the longest sequence
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    dropout: float = 0.0
-    noise: str = "masked"  # or "uniform"
-    token_causal: bool = True  # clean tokens see the clean tokens up to themselves; False: to the end of their block
+    """A model. vocab_size is V, the number of tokens of its data."""
+
+    vocab_size: int = 1024
+    seq_len: int = 128  # L, the longest sequence, at least 2
+    n_layer: int = 4  # layers, at least 1
+    n_head: int = 4  # attention heads, at least 1
+    n_embd: int = 128  # width, at least 1
+    dropout: float = 0.0  # at least 0, at most 0.99
+    noise: str = "masked"  # kind of noise: masked | uniform
+    schedule: str = "linear"  # of alpha(t): linear | cosine
+    ar: str = "shift"  # shift | paper: at block size 1 token i - 1 predicts token i, or noise does
+    token_causal: bool = True  # a clean token sees up to itself; False: to the end of its block
     tied: bool = True  # the head is the embedding
     noisy_gain: float = 0.1  # where the learned gain on the embeddings of noisy tokens starts
-    schedule: str = "linear"  # of alpha(t); or "cosine"
-    ar: str = "paper"  # p(x_i | x_<i) is read from a noise token at position i; or "shift": from clean token i - 1
 
     def __post_init__(self):
-        for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_settings(self)
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd ({self.n_embd}) must be an even multiple of n_head ({self.n_head})")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
-        if self.noise not in NOISES or self.schedule not in SCHEDULES:
-            raise ValueError(f"noise must be one of {', '.join(NOISES)}, schedule one of {', '.join(SCHEDULES)}")
-        if self.ar not in ("paper", "shift"):
-            raise ValueError(f"ar must be paper or shift, not {self.ar}")
+            raise ValueError(f"n_embd ({self.n_embd}) must be an even multiple of {self.n_head}")
         if self.ar == "shift" and not self.token_causal:
-            raise ValueError("block-causal clean tokens see the next token: with token_causal=False, ar must be paper")
+            raise ValueError("with token_causal=False clean tokens see ahead: ar must be paper")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Random numbers that depend on a key alone
+# ----------------------------------------------------------------------------------------------
+# The transformer: pre-LN, rotary positions
 
 
-def scramble(x):
-    """A bijection of the 64-bit integers without visible pattern: SplitMix64's finalizer (Steele et al. 2014)."""
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # int64 wraps around; the & makes the shift unsigned
-    return x ^ (x >> 31 & (1 << 33) - 1)
+def rotate(x, cos, sin):
+    """Rotary positions (arXiv 2104.09864), half-split: x (..., Q, D), cos and sin (Q, D / 2)."""
+    a, b = x.chunk(2, -1)  # (..., Q, D / 2)
+    rotated = [a * cos - b * sin, b * cos + a * sin]
+    return torch.cat(rotated, -1).to(x.dtype)
 
 
-def uniform(*key, device=None):
-    """Uniform float64 numbers in [0, 1), a function of the key: ints or integer tensors, which broadcast.
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    uniform(seed, rows[:, None], positions) is (N, L), and row 3 is the same whichever rows stand beside it."""
-    x = torch.zeros((), dtype=torch.int64, device=device)
-    for part in key:
-        x = scramble(x + part - 7046029254386353131)
-    return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53
+    def __init__(self, config, layer):
+        super().__init__()
+        d = config.n_embd
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.norm1 = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.norm2 = nn.LayerNorm(d)
+        self.mlp_in = nn.Linear(d, 4 * d)
+        self.mlp_out = nn.Linear(4 * d, d)
+
+    def forward(self, x, cos, sin, view, cache=None):
+        N, Q, d = x.shape
+        qkv = self.qkv(self.norm1(x))  # (N, Q, 3 d)
+        qkv = qkv.view(N, Q, 3, self.n_head, -1)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, N, H, Q, D)
+        q, k = rotate(qkv[:2], cos, sin)
+        v = qkv[2]
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)
+        o = block_attention(q, k, v, view)  # (N, H, Q, D)
+        o = o.transpose(1, 2).reshape(N, Q, d)
+        x = x + F.dropout(self.attn_out(o), self.dropout, self.training)
+        h = self.mlp_in(self.norm2(x))  # (N, Q, 4 d)
+        h = F.gelu(h, approximate="tanh")
+        return x + F.dropout(self.mlp_out(h), self.dropout, self.training)
 
 
-def draw(probs, u):
-    """Sample from probs (..., V), normalized or not, by inverse CDF in float64. u (...) in [0, 1) -> tokens (...)."""
-    cdf = probs.double().cumsum(-1)
-    index = torch.searchsorted(cdf, (u * cdf[..., -1])[..., None].contiguous(), right=True)
-    return index[..., 0].clamp(max=probs.shape[-1] - 1)
+class Transformer(nn.Module):
+    """Tokens -> states -> logits, under any rule of who sees whom."""
+
+    def __init__(self, config, n_embeddings):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(n_embeddings, config.n_embd)
+        self.noisy_gain = nn.Parameter(torch.tensor(config.noisy_gain))
+        blocks = [Block(config, layer) for layer in range(config.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        head_size = config.n_embd // config.n_head
+        frequency = 10000 ** -(torch.arange(0, head_size, 2) / head_size)  # (D / 2,)
+        angle = torch.arange(config.seq_len)[:, None] * frequency  # (L, D / 2)
+        rotary = torch.stack([angle.cos(), angle.sin()])
+        self.register_buffer("rotary", rotary, persistent=False)
+
+    def states(self, tokens, n_clean, positions, view, cache=None):
+        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) -> (N, Q, d)."""
+        index = torch.arange(tokens.shape[1], device=tokens.device)[:, None]  # (Q, 1)
+        gain = torch.where(index < n_clean, 1.0, self.noisy_gain)
+        if self.config.tied:
+            gain = gain * math.sqrt(self.config.n_embd)
+        x = self.embedding(tokens) * gain  # (N, Q, d)
+        cos, sin = self.rotary[:, positions]  # (Q, D / 2) each
+        for block in self.blocks:
+            x = block(x, cos, sin, view, cache)
+        return self.norm(x)
+
+    def logits(self, states):
+        """(..., d) -> (..., V)"""
+        weight = self.embedding.weight if self.config.tied else self.head.weight
+        weight = weight[: self.config.vocab_size]  # nothing predicts the mask
+        return F.linear(states, weight, self.head.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise: how tokens are corrupted, what the network is charged for, how to step back
+# ----------------------------------------------------------------------------------------------
+# Noise: how tokens are corrupted, the bound on the likelihood, the step back
 
 
 def linear(t):
@@ -96,385 +167,437 @@ def linear(t):
 
 def cosine(t):
     """alpha(t) = 1 - cos(pi/2 (1 - t)), and its derivative."""
-    angle = math.pi / 2 * (1 - t)
-    return 1 - torch.cos(angle), -math.pi / 2 * torch.sin(angle)
+    angle = math.pi / 2 * t
+    return 1 - torch.sin(angle), -math.pi / 2 * torch.cos(angle)
+
+
+def pick(x, index):
+    """x (..., V) at index (...) -> (...)"""
+    return x.gather(-1, index[..., None])[..., 0]
 
 
 def cross_entropy(logits, x0):
-    """-log p(x0) in nats, (...) from logits (..., V), in float32 at least: a bfloat16 softmax does not sum to 1."""
-    return F.cross_entropy(logits.float().flatten(0, -2), x0.flatten(), reduction="none").view_as(x0)
+    """-log p(x0), nats (...), from logits (..., V). In float32: a bfloat16 softmax does not sum
+    to 1."""
+    logits = logits.float().flatten(0, -2)
+    losses = F.cross_entropy(logits, x0.flatten(), reduction="none")
+    return losses.view_as(x0)
 
 
-class MaskedNoise:
-    """Absorbing noise: a token survives with probability alpha, else becomes the mask (MDLM, arXiv 2406.07524)."""
+class Noise:
+    """What both kinds have in common. K is V, or V + 1 if there is a mask."""
+
+    mask = None
 
     def __init__(self, vocab_size):
-        self.vocab_size, self.mask, self.n_embeddings = vocab_size, vocab_size, vocab_size + 1
+        self.vocab_size = self.n_embeddings = vocab_size
+
+    def corrupt(self, x0, alpha, u=None):
+        """xt given x0: a token survives with probability alpha (broadcasts), else it becomes noise.
+        u: one uniform number a token decides both."""
+        u = torch.rand_like(x0, dtype=torch.float64) if u is None else u
+        rest = rescale(u, alpha, 1 - alpha)
+        noise = self.prior(x0.shape, x0.device, rest)
+        return torch.where(u < alpha, x0, noise)
+
+    def posterior(self, probs, xt, alpha_s, alpha_t):
+        """p(xs | xt) (..., K) for alpha_s > alpha_t, if x0 ~ probs (..., V)."""
+        keep, predict, random = self.mixture(probs, xt, alpha_s, alpha_t)
+        change = predict[..., None] * probs + random[..., None] / self.vocab_size
+        change = F.pad(change, (0, self.n_embeddings - self.vocab_size))  # nothing becomes the mask
+        return change + keep[..., None] * F.one_hot(xt, self.n_embeddings)
+
+    def step(self, probs, xt, alpha_s, alpha_t, u=None):
+        """A draw from the posterior by one uniform number a token: the part of the mixture that it
+        falls into decides, and where it falls in that part is uniform again."""
+        u = torch.rand_like(xt, dtype=torch.float64) if u is None else u
+        keep, predict, random = self.mixture(probs, xt, alpha_s, alpha_t)
+        predicted = draw(probs, rescale(u, keep, predict))
+        rest = rescale(u, keep + predict, random)
+        noise = self.prior(xt.shape, xt.device, rest)
+        changed = torch.where(u < keep + predict, predicted, noise)
+        return torch.where(u < keep, xt, changed)
+
+
+class MaskedNoise(Noise):
+    """Noise is the mask (MDLM, arXiv 2406.07524)."""
+
+    def __init__(self, vocab_size):
+        self.vocab_size = self.mask = vocab_size
+        self.n_embeddings = vocab_size + 1
 
     def prior(self, shape, device=None, u=None):
         """Pure noise: all masks."""
-        return torch.full(shape, self.mask, dtype=torch.int64, device=device)
+        return torch.full(shape, self.mask, device=device)
 
-    def corrupt(self, x0, alpha, u=None):
-        """xt given x0, with alpha (broadcasts) and one uniform number a token."""
-        u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) if u is None else u
-        return torch.where(u < alpha, x0, self.mask)
-
-    def charged(self, xt):
-        """Where the loss can be other than zero."""
+    def scored(self, xt):
+        """Where the bound can be other than zero."""
         return xt == self.mask
 
     def nelbo(self, logits, x0, xt, alpha, dalpha):
-        """-alpha' / (1 - alpha) [xt = mask] (-log p(x0)), nats (...): MDLM, eq. 10, in continuous time."""
-        return -dalpha / (1 - alpha) * (xt == self.mask) * cross_entropy(logits, x0)
+        """-alpha' / (1 - alpha) [xt = mask] (-log p(x0)), nats (...): MDLM, eq. 10, in continuous
+        time."""
+        weight = -dalpha / (1 - alpha) * (xt == self.mask)
+        return weight * cross_entropy(logits, x0)
 
-    def posterior(self, probs, xt, alpha_s, alpha_t):
-        """p(xs | xt) (..., K) for alpha_s > alpha_t if x0 ~ probs (..., V): a mask is revealed or stays, others stay."""
+    def mixture(self, probs, xt, alpha_s, alpha_t):
+        """With what probabilities (...) a step back keeps xt, draws from probs, draws noise: a mask
+        is revealed or stays, other tokens stay."""
         reveal = (alpha_s - alpha_t) / (1 - alpha_t)
-        masked = torch.cat([probs * reveal, torch.full_like(probs[..., :1], 1 - reveal)], -1)
-        return torch.where((xt == self.mask)[..., None], masked, F.one_hot(xt, self.n_embeddings).to(probs))
-
-    def step(self, probs, xt, alpha_s, alpha_t, u=None):
-        """A draw from the posterior with one uniform number a token, without forming it."""
-        u = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) if u is None else u
-        reveal = (alpha_s - alpha_t) / (1 - alpha_t)
-        return torch.where((xt == self.mask) & (u < reveal), draw(probs, (u / reveal).clamp(max=1 - 2**-53)), xt)
+        reveal = reveal * (xt == self.mask).double()
+        return 1 - reveal, reveal, torch.zeros_like(reveal)
 
 
-class UniformNoise:
-    """A token survives with probability alpha, else becomes any of the V, perhaps itself (Duo, arXiv 2506.10892)."""
-
-    def __init__(self, vocab_size):
-        self.vocab_size, self.mask, self.n_embeddings = vocab_size, None, vocab_size
+class UniformNoise(Noise):
+    """Noise is any of the V tokens, perhaps the token itself (Duo, arXiv 2506.10892)."""
 
     def prior(self, shape, device=None, u=None):
         """Pure noise: uniformly random tokens."""
-        u = torch.rand(shape, dtype=torch.float64, device=device) if u is None else u
-        return (u * self.vocab_size).long().expand(shape)
+        if u is None:
+            u = torch.rand(shape, dtype=torch.float64, device=device)
+        return (u * self.vocab_size).long()
 
-    def corrupt(self, x0, alpha, u=None):
-        """xt given x0, with alpha (broadcasts) and one uniform number a token."""
-        u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) if u is None else u
-        rest = ((u - alpha) / (1 - alpha)).clamp(0, 1 - 2**-53)  # uniform again, given that the token did not survive
-        return torch.where(u < alpha, x0, (rest * self.vocab_size).long())
-
-    def charged(self, xt):
-        """Where the loss can be other than zero: everywhere."""
+    def scored(self, xt):
+        """Where the bound can be other than zero: everywhere."""
         return torch.ones_like(xt, dtype=torch.bool)
 
     def nelbo(self, logits, x0, xt, alpha, dalpha):
-        """The bound of UDLM (arXiv 2412.10193) and Duo, nats (...). With i = xt, xbar = V alpha onehot(x0) + 1 - alpha
-        and pbar = V alpha p + 1 - alpha it is the divergence between the true and the modeled rates of jumping back,
-        -alpha' / (V alpha) [ sum_j xbar_j / xbar_i log(pbar_i xbar_j / (pbar_j xbar_i)) - V / xbar_i + V / pbar_i ].
-        log1p keeps every term accurate as alpha goes to 0, where the bracket vanishes faster than alpha."""
-        V, alpha = self.vocab_size, alpha.clamp(min=1e-6)
-        p = logits.float().softmax(-1)
-        log_pbar = torch.log1p(alpha[..., None] * (V * p - 1))  # (..., V)
-        at = lambda x, i: x.gather(-1, i[..., None])[..., 0]
-        log_on, log_off = torch.log1p(alpha * (V - 1)), torch.log1p(-alpha)  # log xbar at x0, and elsewhere
-        log_xbar = torch.where(x0 == xt, log_on, log_off)  # (...) at xt
-        xbar = log_xbar.exp()
-        hit = (x0 == xt).to(p.dtype)
-        difference = V * V * alpha * (at(p, xt) - hit) / (xbar * at(log_pbar, xt).exp())  # V / xbar_i - V / pbar_i
-        # sum_j xbar_j log(xbar_j / pbar_j): V alpha of the weight lies on x0, 1 - alpha on every token
-        on_x0, on_all = log_on - at(log_pbar, x0), log_on + (V - 1) * log_off - log_pbar.sum(-1)
-        divergence = V * alpha * on_x0 + (1 - alpha) * on_all
-        total = (V * (at(log_pbar, xt) - log_xbar) + divergence) / xbar
-        return -dalpha / (V * alpha) * (total - difference)
+        """The bound of UDLM (arXiv 2412.10193) and Duo, nats (...), in the precision of alpha.
 
-    def posterior(self, probs, xt, alpha_s, alpha_t):
-        """p(xs | xt) (..., V) for alpha_s > alpha_t, if x0 ~ probs (..., V)."""
-        keep, fresh, random = self.mixture(probs, xt, alpha_s, alpha_t)
-        kept = keep[..., None] * F.one_hot(xt, self.vocab_size)
-        return (kept + fresh * probs + random / self.vocab_size) / (keep + fresh + random)[..., None]
+        With i = xt, xbar = V alpha onehot(x0) + 1 - alpha and pbar = V alpha p + 1 - alpha, it is
+        the divergence between the true and the modeled rates of jumping back, -alpha' / (V alpha)
+        [sum_j xbar_j / xbar_i log(pbar_i xbar_j / (pbar_j xbar_i)) - V / xbar_i + V / pbar_i].
+        log1p keeps it accurate as alpha goes to 0, where the bracket vanishes faster than alpha.
+        """
+        V = self.vocab_size
+        alpha = alpha.clamp(min=1e-6)
+        p = logits.to(alpha.dtype).softmax(-1)  # (..., V)
+        a = alpha[..., None]
+        log_pbar = torch.addcmul(-a, p, V * a).log1p()  # (..., V)
+        log_xbar_x0 = torch.log1p(alpha * (V - 1))  # (...) from here on
+        log_xbar_other = torch.log1p(-alpha)
+        log_xbar_i = torch.where(x0 == xt, log_xbar_x0, log_xbar_other)
+        log_pbar_i = pick(log_pbar, xt)
+        # sum_j xbar_j log(xbar_j / pbar_j), where xbar_j is 1 - alpha, and V alpha more at x0
+        sum_log_ratio = log_xbar_x0 + (V - 1) * log_xbar_other - log_pbar.sum(-1)
+        jumps = V * alpha * (log_xbar_x0 - pick(log_pbar, x0))
+        jumps = jumps + (1 - alpha) * sum_log_ratio
+        jumps = jumps + V * (log_pbar_i - log_xbar_i)  # the xbar_j sum to V
+        miss = (x0 == xt).to(p) - pick(p, xt)
+        rates = V * V * alpha * miss / log_pbar_i.exp()
+        return -dalpha / (V * alpha) * (jumps + rates) / log_xbar_i.exp()
 
     def mixture(self, probs, xt, alpha_s, alpha_t):
-        """The posterior is a mixture: keep xt, draw from probs, draw uniformly. Its three weights, not normalized."""
+        """With what probabilities (...) a step back keeps xt, draws from probs, draws noise."""
         ratio = alpha_t / alpha_s
-        keep = self.vocab_size * alpha_t * probs.gather(-1, xt[..., None])[..., 0] + ratio - alpha_t
-        return keep, alpha_s - alpha_t, (1 - ratio) * (1 - alpha_s)
+        hit = self.vocab_size * alpha_t * pick(probs, xt).double()
+        keep = hit + ratio - alpha_t
+        predict = torch.full_like(keep, alpha_s - alpha_t)
+        random = torch.full_like(keep, (1 - ratio) * (1 - alpha_s))
+        total = hit + 1 - alpha_t
+        return keep / total, predict / total, random / total
 
-    def step(self, probs, xt, alpha_s, alpha_t, u=None):
-        """A draw from the posterior with one uniform number a token: it picks a part of the mixture, its rest the token."""
-        u = torch.rand(xt.shape, dtype=torch.float64, device=xt.device) if u is None else u
-        keep, fresh, random = self.mixture(probs.double(), xt, alpha_s, alpha_t)
-        u = u * (keep + fresh + random)
-        inside = lambda begin, width: ((u - begin) / max(width, 1e-300)).clamp(0, 1 - 2**-53)
-        anything = (inside(keep + fresh, random) * self.vocab_size).long()
-        token = torch.where(u < keep + fresh, draw(probs, inside(keep, fresh)), anything)
-        return torch.where(u < keep, xt, token)
+
+def rescale(u, begin, width):
+    """Uniform numbers again: where in [begin, begin + width) those u lie that do lie there."""
+    return ((u - begin) / width).clamp(0, 1 - 2**-53)
 
 
 NOISES = {"masked": MaskedNoise, "uniform": UniformNoise}
 SCHEDULES = {"linear": linear, "cosine": cosine}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The transformer
+# ----------------------------------------------------------------------------------------------
+# The model: training, the loss, generation
 
 
-@dataclass
-class Cache:
-    """Keys and values of committed tokens, preallocated. The slots behind a row's length are scratch for the tokens of
-    a pass; committing them is moving the length."""
-
-    keys: torch.Tensor  # (layers, N, H, slots, D)
-    values: torch.Tensor
-    length: torch.Tensor  # (N,) committed tokens a row
-    states: torch.Tensor | None  # (N, 1 + n, d) of the last token committed, and of the n that verify saw behind it
-    base: torch.Tensor  # (N,) the length to which states[:, 0] belongs
-
-    def state(self):
-        """The state of the last committed token, (N, 1, d): under ar="shift" it predicts the next one."""
-        return self.states[torch.arange(len(self.length)), self.length - self.base][:, None]
-
-    def write(self, layer, k, v):
-        """Put k and v (N, H, Q, D) behind the committed ones; return all slots of the layer (N, H, slots, D)."""
-        row = torch.arange(k.shape[0], device=k.device)[:, None]
-        slot = self.length[:, None] + torch.arange(k.shape[2], device=k.device)  # (N, Q)
-        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            store[row, :, slot] = new.transpose(1, 2).to(store.dtype)  # (N, Q, H, D)
-        return self.keys[layer], self.values[layer]
+def is_single(block_size, length):
+    """Which tokens are a block of their own, (N, L), at block sizes (N,): all of them at block
+    size 1; at others a last one that is left over."""
+    size = block_size[:, None]
+    position = torch.arange(length, device=block_size.device)
+    left_over = (position == length - 1) & (position % size == 0)
+    return (size == 1) | left_over
 
 
-def rotate(x, angles):
-    """Rotary positions (arXiv 2104.09864), half-split. x (N, H, Q, D), angles (Q, D / 2) or (N, 1, Q, D / 2)."""
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-
-
-def lone(block_size, length):
-    """Which tokens are a block of their own, (N, L): all at block size 1, and a last one that is left over."""
-    size, position = block_size[:, None], torch.arange(length, device=block_size.device)
-    return (size == 1) | ((position == length - 1) & (position % size == 0))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
+class BlockGen(Transformer):
     def __init__(self, config):
-        super().__init__()
-        d = config.n_embd
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.norm1 = nn.LayerNorm(d)
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
-        self.attn_out = nn.Linear(d, d, bias=False)
-        self.norm2 = nn.LayerNorm(d)
-        self.mlp_in = nn.Linear(d, 4 * d)
-        self.mlp_out = nn.Linear(4 * d, d)
+        noise = NOISES[config.noise](config.vocab_size)
+        super().__init__(config, noise.n_embeddings)
+        self.noise = noise
+        if config.ar == "shift":  # no token stands before the first; this state predicts it
+            self.first = nn.Parameter(torch.zeros(config.n_embd))
+        initialize(self)
 
-    def forward(self, x, angles, view, layer, cache):
-        N, Q, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(N, Q, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (N, H, Q, D) each
-        q, k = rotate(q, angles), rotate(k, angles)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)
-            q = q.to(k.dtype)
-        o = block_attention(q, k, v, view).transpose(1, 2).reshape(N, Q, d)
-        x = x + F.dropout(self.attn_out(o), self.dropout, self.training)
-        h = F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh")
-        return x + F.dropout(self.mlp_out(h), self.dropout, self.training)
+    def both_sides(self, x0, xt, block_size):
+        """The states (N, L, d) that predict x0, at block sizes (N,): those of the diffusion side,
+        and those of the AR side.
 
+        The diffusion side reads a prediction at the noisy token itself, and so does the AR side
+        under ar="paper". Under ar="shift" it reads it at the clean token before."""
+        L = x0.shape[1]
+        shift = self.config.ar == "shift"
+        positions = torch.arange(L, device=x0.device)
+        if shift and bool((block_size == 1).all()):  # nothing is read from the noisy half
+            view = causal_view(0, L, x0.device)
+            ar = self.predict_next(self.states(x0, L, positions, view))
+            return ar, ar
+        view = train_view(L, block_size, self.config.token_causal, x0.device)
+        tokens = torch.cat([x0, xt], 1)  # (N, 2 L)
+        states = self.states(tokens, L, positions.repeat(2), view)
+        clean, noisy = states.split(L, 1)
+        return noisy, self.predict_next(clean) if shift else noisy
 
-class BlockGen(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.noise = config, NOISES[config.noise](config.vocab_size)
-        d, head_size = config.n_embd, config.n_embd // config.n_head
-        self.embedding = nn.Embedding(self.noise.n_embeddings, d)
-        self.noisy_gain = nn.Parameter(torch.tensor(config.noisy_gain))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(d)
-        if config.ar == "shift":  # a start token would see itself alone: what it says is a constant, this
-            self.first = nn.Parameter(torch.zeros(d))
-        self.head = nn.Linear(d, config.vocab_size)
-        frequency = 10000 ** -(torch.arange(0, head_size, 2) / head_size)
-        angles = torch.arange(2 * config.seq_len)[:, None] * frequency  # (2 L, D / 2): a draft may run over the end
-        self.register_buffer("angles", angles, persistent=False)
-        self.initialize()
-
-    @torch.no_grad()
-    def initialize(self):
-        """Unit-variance embeddings, small matrices, residual branches scaled with depth as in GPT-2, heads that look back."""
-        d = self.config.n_embd
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
-                nn.init.normal_(p, std=0.5 * d**-0.5 / (math.sqrt(2 * self.config.n_layer) if residual else 1))
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-        for block in self.blocks:
-            self.look_back(block)
-        nn.init.normal_(self.embedding.weight, std=d**-0.5 if self.config.tied else 1)
-        if self.config.tied:
-            del self.head.weight
-        else:
-            nn.init.zeros_(self.head.weight)
-
-    def look_back(self, block):
-        """Let heads start with a taste for the previous token, from none in the last head to a strong one in the first: a
-        noisy position learns nothing before it finds its neighbors, and that is a plateau of hundreds of steps.
-
-        The norm's output sums to zero, so what a weight row has in common over its columns acts on the norm's bias alone.
-        With a bias of 1 that is a constant, in query and key. The key's is rotated by one position, so that the two match
-        best at distance 1."""
-        heads, angle = self.config.n_head, self.angles[1]
-        strength = torch.linspace(2, 0, heads)[:, None]
-        query = torch.cat([torch.ones_like(angle), torch.zeros_like(angle)]) * strength  # (H, D)
-        key = torch.cat([angle.cos(), angle.sin()]) * strength
-        constant = torch.cat([query.flatten(), key.flatten(), torch.zeros(self.config.n_embd)])[:, None]  # (3 d, 1)
-        weight = block.qkv.weight
-        weight += constant / weight.shape[1] - weight.mean(1, keepdim=True)
-        nn.init.ones_(block.norm1.bias)
-
-    def trunk(self, tokens, n_clean, positions, view, cache=None):
-        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) or (N, 1, Q) -> states (N, Q, d)."""
-        x = self.embedding(tokens) * (math.sqrt(self.config.n_embd) if self.config.tied else 1)
-        noisy = torch.arange(tokens.shape[1], device=tokens.device)[:, None] >= n_clean
-        x = torch.where(noisy, x * self.noisy_gain, x)
-        angles = self.angles[positions]
-        for layer, block in enumerate(self.blocks):
-            x = block(x, angles, view, layer, cache)
-        return self.norm(x)
-
-    def logits(self, states):
-        """(..., d) -> (..., V)"""
-        weight = self.embedding.weight[: self.config.vocab_size] if self.config.tied else self.head.weight
-        return F.linear(states, weight, self.head.bias)
-
-    def hidden(self, x0, xt, block_size):
-        """The states (N, L, d) that predict x0 (N, L) at block sizes (N,); and under ar="shift" those at block size 1, else None.
-
-        A noisy token speaks for its own position, in the light of its block and of the clean blocks before it. Under
-        ar="shift" the clean token before it speaks for a lone token; if all are alone, the noisy half is left out."""
-        N, L = x0.shape
-        shift, alone = self.config.ar == "shift", lone(block_size, L)
-        xt = xt[:, :0] if shift and alone.all() else xt
-        positions = torch.arange(L, device=x0.device).repeat(2)[: L + xt.shape[1]]
-        view = train_view(L, block_size, self.config.token_causal, x0.device).rows(0, len(positions))
-        clean, noisy = self.trunk(torch.cat([x0, xt], 1), L, positions, view).tensor_split([L], 1)
-        if not shift:
-            return noisy, None
-        ar = torch.cat([self.first.to(clean).expand(N, 1, -1), clean[:, :-1]], 1)
-        return torch.where(alone[..., None], ar, noisy) if xt.shape[1] else ar, ar
+    def predict_next(self, clean):
+        """Move each state (N, L, d) of a clean token to the token that it predicts, the next."""
+        first = self.first.to(clean.dtype)
+        first = first.expand(len(clean), 1, -1)
+        return torch.cat([first, clean[:, :-1]], 1)
 
     def forward(self, x0, xt, block_size):
-        """Clean x0 and noisy xt (N, L), block_size an int or (N,) -> logits (N, L, V) of x0 at every noisy position."""
-        block_size = torch.as_tensor(block_size, device=x0.device).expand(len(x0))
-        return self.logits(self.hidden(x0, xt, block_size)[0])
+        """Logits (N, L, V) of x0 from clean x0 and noisy xt (N, L), block_size an int or (N,)."""
+        block_size = torch.as_tensor(block_size, device=x0.device)
+        block_size = block_size.expand(len(x0))
+        diffusion, ar = self.both_sides(x0, xt, block_size)
+        single = is_single(block_size, x0.shape[1])[..., None]
+        return self.logits(torch.where(single, ar, diffusion))
+
+    def token_losses(self, x0, block_size, t, u, given=None, objective="nelbo", ar_weight=0.0):
+        """Nats per token (N, L): corrupt x0 (N, L), predict it, compare.
+
+        block_size (N,); t (N, L) noise levels, which also set the precision of the result;
+        u (N, L) uniform numbers. Tokens that are given (N, L) are neither noised nor scored. A
+        block of one token gets pure noise and plain cross-entropy, the exact AR likelihood; under
+        ar="shift" the other tokens have both sides, and ar_weight is the share of the AR side.
+        objective: "nelbo"; or "ce", without its weights, for masked noise."""
+        single = is_single(block_size, x0.shape[1])
+        given = torch.zeros_like(single) if given is None else given
+        alpha, dalpha = SCHEDULES[self.config.schedule](t)
+        xt = self.noise.corrupt(x0, torch.where(single, 0.0, alpha), u)
+        xt = torch.where(given, x0, xt)
+        diffusion, ar = self.both_sides(x0, xt, block_size)
+
+        ar_share = torch.where(single, 1.0, ar_weight)
+        by_diffusion = self.noise.scored(xt) & (ar_share < 1) & ~given
+        by_ar = (ar_share > 0) & ~given
+        ar_nats = self.in_chunks(cross_entropy, by_ar, ar, x0)
+        if objective == "ce":
+            nats = self.in_chunks(cross_entropy, by_diffusion, diffusion, x0)
+        else:
+            inputs = x0, xt, alpha, dalpha
+            nats = self.in_chunks(self.noise.nelbo, by_diffusion, diffusion, *inputs)
+        return (1 - ar_share) * nats + ar_share * ar_nats
+
+    def in_chunks(self, loss, where, states, *inputs, chunk=2**25):
+        """loss(logits, *inputs) at the tokens `where` (N, L), zero elsewhere. The head runs only
+        there, and makes at most `chunk` logits at a time: of several chunks none keeps its logits,
+        backward computes them again."""
+
+        def one_chunk(states, *inputs):
+            return loss(self.logits(states), *inputs)
+
+        index = where.flatten().nonzero()[:, 0]  # (M,)
+        size = max(1, chunk // self.config.vocab_size)
+        chunks = []
+        for x in (states, *inputs):
+            chosen = x.flatten(0, 1).index_select(0, index)  # (M, ...)
+            chunks.append(chosen.split(size))
+        chunks = list(zip(*chunks))
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            one_chunk = partial(checkpoint, one_chunk, use_reentrant=False)
+        losses = torch.cat([one_chunk(*inputs) for inputs in chunks])
+        everywhere = losses.new_zeros(where.numel())
+        everywhere = everywhere.index_copy(0, index, losses)
+        return everywhere.view_as(where)
 
     def new_cache(self, n_rows, length=None):
-        """An empty cache for n_rows rows of up to length tokens (seq_len), with as many scratch slots."""
-        c, like = self.config, self.head.bias
-        shape = (c.n_layer, n_rows, c.n_head, 2 * (length or c.seq_len), c.n_embd // c.n_head)
-        autocast = torch.is_autocast_enabled(like.device.type)
-        dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
-        keys, values = (torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2))
-        nothing = torch.zeros(n_rows, dtype=torch.int64, device=like.device)
-        return Cache(keys, values, nothing, self.first.expand(n_rows, 1, -1) if c.ar == "shift" else None, nothing)
+        """An empty cache for n_rows rows of up to length tokens (by default seq_len)."""
+        length = length or self.config.seq_len
+        if self.config.ar == "shift":
+            first = self.first.expand(n_rows, 1, -1)
+            return Cache(self.config.n_layer, length, first)
+        return Cache(self.config.n_layer, 2 * length)  # verify has a noise token for each proposed
 
     def denoise(self, xt, cache, commit=None, block_size=None):
-        """Logits (N, n, V) of a noisy block xt (N, n) behind the cache, to which the same pass first commits clean tokens
-        (N, c). A lone token is the AR side's: under ar="shift" the last committed token predicts it, whatever xt.
-        block_size matters to a block-causal model alone: the blocks of the committed tokens (default: one)."""
-        commit = xt[:, :0] if commit is None else commit
-        by_state = self.config.ar == "shift" and xt.shape[1] == 1
-        xt = xt[:, :0] if by_state else xt
-        c, n = commit.shape[1], xt.shape[1]
-        if c + n:
-            block_size = None if self.config.token_causal else block_size or c or 1
-            positions = cache.length[:, None, None] + torch.arange(c + n, device=xt.device)  # (N, 1, c + n)
-            view = denoise_view(cache.length, c, n, block_size)
-            states = self.trunk(torch.cat([commit, xt], 1), c, positions, view, cache)
-            cache.length = cache.length + c
-        if c:
-            cache.states, cache.base = states[:, c - 1 : c], cache.length
-        return self.logits(cache.state() if by_state else states[:, c:])
+        """Logits (N, n, V) of a noisy block xt (N, n) behind the cache. The same pass first commits
+        clean tokens (N, c) to the cache.
+
+        A single token is the AR side's: under ar="shift" the last committed token predicts it,
+        whatever xt. block_size matters to a block-causal model alone: the blocks of the committed
+        tokens (by default they are one)."""
+        from_state = self.config.ar == "shift" and xt.shape[1] == 1
+        noisy = xt[:, :0] if from_state else xt
+        tokens = noisy if commit is None else torch.cat([commit, noisy], 1)  # (N, c + n)
+        n = noisy.shape[1]
+        c = tokens.shape[1] - n
+        if c + n > 0:
+            start = cache.length
+            positions = torch.arange(start, start + c + n, device=xt.device)
+            clean_blocks = None if self.config.token_causal else block_size or c or 1
+            view = denoise_view(start, c, n, clean_blocks)
+            states = self.states(tokens, c, positions, view, cache)
+        if c > 0:
+            cache.length += c
+            cache.state = states[:, c - 1 : c]
+        return self.logits(cache.state if from_state else states[:, c:])
 
     def verify(self, x, cache, noise=None):
-        """AR logits (N, n, V) of proposed tokens x (N, n) in one pass: at i, p(x_i | cache, x_<i). Under ar="paper" they are
-        read from a noise token at the position of x_i (noise (N, n) says which; by default a fresh draw). The keys and
-        values of x stay in the slots behind the cache: to accept the first k tokens, add k to cache.length."""
-        n = x.shape[1]
-        positions = cache.length[:, None, None] + torch.arange(n, device=x.device)  # (N, 1, n)
+        """AR logits (N, n, V) of proposed tokens x (N, n) in one pass: at i, p(x_i | cache, x_<i).
+
+        Under ar="paper" they are read from a noise token at the position of x_i; noise (N, n) says
+        which, by default a fresh draw. The keys and values of x stay in the cache behind its end:
+        to accept the first k tokens, add k to cache.length."""
+        start, n = cache.length, x.shape[1]
+        positions = torch.arange(start, start + n, device=x.device)
         if self.config.ar == "shift":
-            states = self.trunk(x, n, positions, causal(cache.length[:, None], n), cache)
-            cache.states, cache.base = torch.cat([cache.state(), states], 1), cache.length
-            return self.logits(cache.states[:, :n])
-        noise = self.noise.prior(x.shape, x.device) if noise is None else noise
-        view = verify_view(cache.length, n)
-        states = self.trunk(torch.cat([x, noise], 1), n, positions.repeat(1, 1, 2), view, cache)
+            view = causal_view(start, n)
+            states = self.states(x, n, positions, view, cache)
+            before = torch.cat([cache.state, states[:, :-1]], 1)
+            return self.logits(before)
+        if noise is None:
+            noise = self.noise.prior(x.shape, x.device)
+        tokens = torch.cat([x, noise], 1)  # (N, 2 n)
+        view = verify_view(start, n)
+        states = self.states(tokens, n, positions.repeat(2), view, cache)
         return self.logits(states[:, n:])
 
 
+class Cache:
+    """Keys and values of the committed tokens, allocated once. What a pass writes behind `length`
+    is scratch, until moving `length` commits it."""
+
+    def __init__(self, n_layer, slots, state=None):
+        self.slots = slots
+        self.length = 0  # committed tokens, the same in every row
+        self.state = state  # (N, 1, d) of the last committed token; ar="shift" predicts from it
+        self.keys, self.values = [None] * n_layer, [None] * n_layer  # (N, H, slots, D) each
+
+    def write(self, layer, k, v):
+        """Put k and v (N, H, Q, D) behind the committed ones; all slots (N, H, slots, D)."""
+        N, H, Q, D = k.shape
+        if self.keys[layer] is None:
+            self.keys[layer] = k.new_zeros(N, H, self.slots, D)
+            self.values[layer] = v.new_zeros(N, H, self.slots, D)
+        new = slice(self.length, self.length + Q)
+        self.keys[layer][:, :, new] = k
+        self.values[layer][:, :, new] = v
+        return self.keys[layer], self.values[layer]
+
+
+# ----------------------------------------------------------------------------------------------
+# Initialization
+
+
+@torch.no_grad()
+def initialize(model):
+    """Unit-variance embeddings, small matrices, residual branches scaled with depth as in GPT-2,
+    heads that look back."""
+    config, d = model.config, model.config.n_embd
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
+            depth = math.sqrt(2 * config.n_layer) if residual else 1
+            nn.init.normal_(p, std=0.5 * d**-0.5 / depth)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+    for block in model.blocks:
+        look_back(block, *model.rotary[:, 1])
+    if config.tied:
+        nn.init.normal_(model.embedding.weight, std=d**-0.5)
+        del model.head.weight
+    else:
+        nn.init.normal_(model.embedding.weight)
+        nn.init.zeros_(model.head.weight)
+
+
+def look_back(block, cos, sin):
+    """Let heads start with a taste for the previous token, strong in the first head, none in the
+    last: a noisy position learns nothing before it has found its neighbors, which is a plateau of
+    hundreds of steps. cos and sin (D / 2,): the rotation by one position.
+
+    The norm's output sums to zero, so what a row of the weight has in common over its columns acts
+    on the norm's bias alone. A bias of 1 makes that a constant, in the query and in the key; the
+    key's is rotated by one position, so that the two match best at distance 1."""
+    d = block.qkv.weight.shape[1]
+    strength = torch.linspace(2, 0, block.n_head)[:, None]
+    unrotated = torch.cat([torch.ones_like(cos), torch.zeros_like(sin)])  # (D,)
+    query = strength * unrotated  # (H, D)
+    key = strength * torch.cat([cos, sin])
+    nothing = torch.zeros(d)  # for the values
+    constant = torch.cat([query.flatten(), key.flatten(), nothing])[:, None]  # (3 d, 1)
+    weight = block.qkv.weight
+    weight += constant / d - weight.mean(1, keepdim=True)
+    nn.init.ones_(block.norm1.bias)
+
+
+# ----------------------------------------------------------------------------------------------
+# Random numbers that depend on a key alone, and not on what was drawn before
+
+
+def random_numbers(*key, device=None):
+    """Uniform float64 numbers in [0, 1), a function of the key: ints or arrays of ints, which
+    broadcast. random_numbers(seed, rows[:, None], positions) is (N, L), and row 3 is the same
+    whichever rows stand beside it. The hash is SplitMix64's (Steele et al. 2014)."""
+    x = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):  # 64-bit integers wrap around
+        for part in key:
+            x = x + np.asarray(part).astype(np.uint64) + 0x9E3779B97F4A7C15
+            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+            x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+            x = x ^ (x >> 31)
+    u = (x >> 11) * 2.0**-53
+    return torch.as_tensor(u, device=device)
+
+
+def draw(probs, u):
+    """Tokens (...) from probs (..., V), normalized or not, by inverse CDF: u (...) in [0, 1). In
+    float64, since float32 would cut off the tail."""
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    target = u * cdf[..., -1]
+    target = target[..., None].contiguous()
+    index = torch.searchsorted(cdf, target, right=True)[..., 0]
+    return index.clamp(max=probs.shape[-1] - 1)
+
+
+def draw_noise(key, rows, stratum, block_size, length, t_min):
+    """The noise of some rows (N,) of a batch, a function of the key: noise levels t (N, L) in
+    [t_min, 1], constant in a block of block_size (N,), and uniform numbers u (N, L) that corrupt.
+
+    The levels are stratified over all blocks of a batch. A row with B blocks has one in each of B
+    equal intervals of the unit circle, all at the same fraction of their interval, which is the
+    row's stratum (N,) in [0, 1): rows with 0/N, 1/N, ... tile the circle together. One offset turns
+    the circle for the whole batch, and each row begins with an interval of its own. So every level
+    by itself is uniform."""
+    position = torch.arange(length)
+    u = random_numbers(*key, 3, rows[:, None], position)
+    n_blocks = (length + block_size - 1) // block_size  # (N,)
+    first = (random_numbers(*key, 2, rows) * n_blocks).long()
+    interval = position // block_size[:, None] + first[:, None]  # (N, L)
+    level = (interval + stratum[:, None].double()) / n_blocks[:, None]
+    level = (level + random_numbers(*key, 1)) % 1
+    return t_min + (1 - t_min) * level, u
+
+
+# ----------------------------------------------------------------------------------------------
+# Checkpoints
+
+
 def find_device(name):
-    """The device of a --device flag: auto is cuda where there is one, else cpu. Raises ValueError."""
+    """The device of a --device flag; auto is cuda where there is one, else cpu. Under torchrun each
+    process has its own GPU. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device={name}: there is no such device here") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, as in the attention kernels
     return device
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-
-
-def noise_levels(u, row, block_size, length, t_min=1e-3):
-    """A noise level for each block, stratified over all blocks of a batch: t (N, L), constant in a block.
-
-    A row with B blocks takes one level from each of B strata, at the place in the stratum that row (N,) in [0, 1) says, so
-    that rows 0/N, 1/N, ... tile [0, 1). u (N, 2): u[:, 0], the same for the batch, shifts all levels; u[:, 1] turns a
-    row's strata, so that a level has no favorite place."""
-    size = block_size[:, None]
-    n_blocks = (length + size - 1) // size  # (N, 1)
-    block = torch.arange(length, device=size.device) // size + (u[:, 1:] * n_blocks).long()
-    level = (u[:, :1] + (block + row[:, None]) / n_blocks) % 1  # (N, L)
-    return t_min + (1 - t_min) * level
-
-
-def token_losses(model, x0, block_size, t, u, objective="nelbo", ar_weight=0.0, chunk=2**25):
-    """Nats per token, (N, L): corrupt, predict, charge.
-
-    x0 (N, L), block_size (N,), noise level t (N, L), u (N, L) uniform numbers. Blocks of one token get pure noise and
-    plain cross-entropy: the exact autoregressive likelihood. objective: "nelbo", or "ce", masked noise without weights.
-    ar_weight: under ar="shift", the share of that likelihood in the loss of every row; the clean half yields it anyway.
-    The head runs only where there is something to charge, in parts of at most `chunk` logits, to bound the memory."""
-    noise = model.noise
-    alpha, dalpha = SCHEDULES[model.config.schedule](t)
-    ar = lone(block_size, x0.shape[1])
-    alpha = torch.where(ar, 0.0, alpha)
-    xt = noise.corrupt(x0, alpha, u)
-    states, ar_states = model.hidden(x0, xt, block_size)
-
-    def charge(states, x0, xt, alpha, dalpha, ar):
-        logits = model.logits(states)
-        ce = cross_entropy(logits, x0)
-        return ce if objective == "ce" or ar.all() else torch.where(ar, ce, noise.nelbo(logits, x0, xt, alpha, dalpha))
-
-    def losses(states, where, ar):
-        """charge where there is something to charge, in parts; (N, L)."""
-        rows = max(1, chunk // model.config.vocab_size)
-        inputs = states[where], x0[where], xt[where], alpha[where].float(), dalpha[where].float(), ar[where]  # (M, ...) each
-        parts = list(zip(*(x.split(rows) for x in inputs)))
-        if len(parts) > 1 and torch.is_grad_enabled():  # keep the states, not the logits: backward computes them again
-            found = [checkpoint(charge, *part, use_reentrant=False) for part in parts]
-        else:
-            found = [charge(*part) for part in parts]
-        charged = torch.cat(found) if found else states[:0, 0, 0].float()
-        return torch.zeros(x0.shape, device=x0.device).masked_scatter(where, charged)
-
-    total = losses(states, noise.charged(xt), ar)
-    if ar_weight and ar_states is not None:
-        everywhere = torch.ones_like(ar)
-        total = torch.lerp(total, losses(ar_states, everywhere, everywhere), ar_weight)
-    return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
 
 
 def save_checkpoint(path, **content):
@@ -490,127 +613,155 @@ def save_checkpoint(path, **content):
 
 
 def read_checkpoint(path, device="cpu"):
-    """The raw dict of a checkpoint of ours. Raises ValueError (no checkpoint) or OSError (no such file)."""
+    """The dict in a checkpoint, its config a Config. Raises ValueError (it is none) or OSError."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint (python train.py makes one)")
+        hint = "python train.py makes one, python blockgen.py converts published weights"
+        raise FileNotFoundError(f"{path}: no such checkpoint ({hint})")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)  # weights_only: loading cannot run code
-        assert {"config", "model"} <= content.keys()
+        content = torch.load(path, map_location=device, weights_only=True)  # cannot run code
+        content["config"] = Config(**content["config"])
+        assert {"model", "meta", "args", "step"} <= content.keys()
     except Exception as error:
-        raise ValueError(f"{path} is not a BlockGen checkpoint, or is damaged ({type(error).__name__})") from None
+        reason = type(error).__name__
+        raise ValueError(f"{path} is not a BlockGen checkpoint, or is damaged ({reason})") from None
     return content
-
-
-def load_checkpoint(path, device="cpu", noise=None):
-    """(model in evaluation mode, everything else in the file). path: a .pt file of ours, of which the averaged weights are
-    taken; or, in the layout of the published checkpoints, a folder or hf:org/repo/subfolder, and their kind of noise."""
-    path = str(path)
-    if path.startswith("hf:") or os.path.isdir(path):
-        return load_published(path, device, noise)
-    content = read_checkpoint(path, device)
-    model = BlockGen(Config(**content["config"]))
-    load_weights(model, content.get("ema") or content["model"], path)
-    return model.to(device).eval(), {k: v for k, v in content.items() if k not in ("model", "ema", "optimizers")}
 
 
 def load_weights(model, weights, path):
     """load_state_dict, but what does not fit is one line (ValueError)."""
-    check_shapes({k: tuple(v.shape) for k, v in model.state_dict().items()}, weights, path)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from None
 
 
-def check_shapes(expected, weights, path):
-    """Raise ValueError unless the weights are all there, of the expected shapes, finite, and no others."""
-    wrong = [f"missing {k}" for k in expected.keys() - weights.keys()]
-    wrong += [f"unexpected {k}" for k in weights.keys() - expected.keys()]
-    for name in expected.keys() & weights.keys():
-        if tuple(weights[name].shape) != expected[name]:
-            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {expected[name]}")
-        elif not weights[name].isfinite().all():
-            wrong.append(f"{name} is not finite")
-    if wrong:
-        raise ValueError(f"{path} does not fit the model: {', '.join(sorted(wrong))}")
+def load_checkpoint(path, device="cpu"):
+    """(model in evaluation mode, dict of its meta, args and step), with the weights that did best
+    in validation. Raises ValueError or OSError."""
+    content = read_checkpoint(path, device)
+    model = BlockGen(content["config"])
+    weights = content.get("best") or content.get("average") or content["model"]
+    load_weights(model, weights, path)
+    about = {k: content[k] for k in ("meta", "args", "step")}
+    return model.to(device).eval(), about
 
 
-def read_published(path):
-    """(config dict, tensors) of config.json and model.safetensors in a folder or on the Hugging Face hub."""
+# ----------------------------------------------------------------------------------------------
+# Published weights: a DiT whose time is always 0
+
+
+def convert(source, noise="auto"):
+    """The content of a checkpoint from config.json, model.safetensors and perhaps tokenizer.json,
+    in a folder or at hf:org/repo/folder.
+
+    noise: masked, uniform, or auto: the mask's row of the head never got a gradient and is zero.
+    Raises ValueError, OSError or ImportError."""
+    folder = download(source[3:]) if source.startswith("hf:") else source
     try:
         from safetensors.torch import load_file
 
-        if path.startswith("hf:"):
-            from huggingface_hub import snapshot_download
-
-            org, repo, *folder = path[3:].split("/")
-            files = ["/".join([*folder, name]) for name in ("config.json", "model.safetensors")]
-            path = os.path.join(snapshot_download(f"{org}/{repo}", allow_patterns=files), *folder)
-    except ImportError as error:
-        raise ImportError(f"published checkpoints need {error.name}: pip install {error.name}") from None
-    for name in ("config.json", "model.safetensors"):
-        if not os.path.isfile(os.path.join(path, name)):
-            raise FileNotFoundError(f"{path} is no published checkpoint: it has no {name}")
-    try:
-        with open(os.path.join(path, "config.json")) as file:
-            return json.load(file), load_file(os.path.join(path, "model.safetensors"))
+        with open(os.path.join(folder, "config.json")) as file:
+            c = json.load(file)
+        w = load_file(os.path.join(folder, "model.safetensors"))
+        if noise == "auto":
+            noise = "uniform" if w["output_layer.linear.weight"][-1].any() else "masked"
+        V = len(w["vocab_embed.embedding"]) - (noise == "masked")
+        config = Config(
+            vocab_size=V,
+            seq_len=c["length"],
+            n_layer=c["n_blocks"],
+            n_head=c["n_heads"],
+            n_embd=c["hidden_size"],
+            noise=noise,
+            ar="paper",
+            token_causal=c.get("x0_causal", True),
+            tied=False,
+        )
+        model = BlockGen(config)
+        if not torch.allclose(w["rotary_emb.inv_freq"].cos(), model.rotary[0, 1], atol=1e-4):
+            raise ValueError("rotary_emb.inv_freq is not that of base 10000")
+        if not all(x.isfinite().all() for x in w.values()):
+            raise ValueError("some weights are not finite")
+        weights = fold({name: x.double() for name, x in w.items()}, config)
+        model.load_state_dict(weights)
+    except ImportError:
+        raise ImportError("published weights need safetensors: pip install safetensors") from None
     except Exception as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def published_shapes(K, d, c, heads, layers):
-    """{name: shape} of every tensor in a published checkpoint."""
-    linear = lambda name, rows, columns: {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-    shapes = {"vocab_embed.embedding": (K, d), "rotary_emb.inv_freq": (d // heads // 2,)}
-    shapes |= linear("sigma_map.mlp.0", c, 256) | linear("sigma_map.mlp.2", c, c)
-    shapes |= {"output_layer.norm_final.weight": (d,)} | linear("output_layer.linear", K, d)
-    shapes |= linear("output_layer.adaLN_modulation", 2 * d, c)
-    for i in range(layers):
-        b = f"blocks.{i}"
-        shapes |= {f"{b}.norm1.weight": (d,), f"{b}.attn_qkv.weight": (3 * d, d), f"{b}.attn_out.weight": (d, d)}
-        shapes |= {f"{b}.norm2.weight": (d,)} | linear(f"{b}.mlp.0", 4 * d, d) | linear(f"{b}.mlp.2", d, 4 * d)
-        shapes |= linear(f"{b}.adaLN_modulation", 6 * d, c)
-    return shapes
-
-
-def fold_published(w, V, layers):
-    """Our weights from theirs. Their network is a DiT whose time condition is always that of sigma = 0: adaLN is constant,
-    and folds exactly, scale and shift into the LayerNorms, the gates into the rows of the projections before them."""
-    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-    sigma = torch.cat([torch.ones(128), torch.zeros(128)]).double()  # cosines and sines of 0
-    condition = F.silu(linear(F.silu(linear(sigma, "sigma_map.mlp.0")), "sigma_map.mlp.2"))
-    shift, scale = linear(condition, "output_layer.adaLN_modulation").chunk(2)
-    ours = {"embedding.weight": w["vocab_embed.embedding"], "noisy_gain": torch.tensor(1.0)}
-    ours |= {"norm.weight": w["output_layer.norm_final.weight"] * (1 + scale), "norm.bias": shift}
-    ours |= {f"head.{part}": w[f"output_layer.linear.{part}"][:V] for part in ("weight", "bias")}  # without the mask's row
-    for i in range(layers):
-        b = f"blocks.{i}"
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(condition, f"{b}.adaLN_modulation").chunk(6)
-        ours |= {f"{b}.norm1.weight": w[f"{b}.norm1.weight"] * (1 + scale1), f"{b}.norm1.bias": shift1}
-        ours |= {f"{b}.qkv.weight": w[f"{b}.attn_qkv.weight"]}
-        ours |= {f"{b}.attn_out.weight": gate1[:, None] * w[f"{b}.attn_out.weight"]}
-        ours |= {f"{b}.norm2.weight": w[f"{b}.norm2.weight"] * (1 + scale2), f"{b}.norm2.bias": shift2}
-        ours |= {f"{b}.mlp_in.weight": w[f"{b}.mlp.0.weight"], f"{b}.mlp_in.bias": w[f"{b}.mlp.0.bias"]}
-        ours |= {f"{b}.mlp_out.weight": gate2[:, None] * w[f"{b}.mlp.2.weight"]}
-        ours |= {f"{b}.mlp_out.bias": gate2 * w[f"{b}.mlp.2.bias"]}
-    return {k: v.float() for k, v in ours.items()}
-
-
-def load_published(path, device, noise):
-    """load_checkpoint for the published layout."""
-    config, w = read_published(path)
-    try:
-        d, c, layers, heads, length = (config[k] for k in ("hidden_size", "cond_dim", "n_blocks", "n_heads", "length"))
-    except KeyError as error:
-        raise ValueError(f"{path}: config.json has no {error}") from None
-    K = len(w.get("vocab_embed.embedding", ()))
-    noise = noise or {50257: "uniform", 50258: "masked"}.get(K)  # GPT-2's vocabulary, without and with a mask
-    if noise is None:
-        raise ValueError(f"{path} has {K} embeddings: is the last the mask? Say --noise=masked or --noise=uniform")
-    V, causal = K - (noise == "masked"), bool(config.get("x0_causal", True))
-    check_shapes(published_shapes(K, d, c, heads, layers), w, path)
-    model = BlockGen(Config(V, length, layers, heads, d, noise=noise, token_causal=causal, tied=False, noisy_gain=1.0,
-                            ar="paper"))
-    if not torch.allclose(w["rotary_emb.inv_freq"].float(), model.angles[1], rtol=1e-4):
-        raise ValueError(f"{path}: rotary_emb.inv_freq is not that of base 10000")
-    load_weights(model, fold_published({k: v.double() for k, v in w.items()}, V, layers), path)
-    tokenizer = {"kind": "gpt2", "vocab_size": 50257, "end": 50256} if V == 50257 else None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source} does not have the published layout ({reason})") from None
+    tokenizer = read_tokenizer(os.path.join(folder, "tokenizer.json"), V)
     meta = {"tokenizer": tokenizer, "vocab_size": V}
-    return model.to(device).eval(), {"config": asdict(model.config), "meta": meta, "args": {}, "step": 0}
+    return dict(config=asdict(config), model=model.state_dict(), meta=meta, args={}, step=0)
+
+
+def download(name):
+    """The folder of org/repo/folder of the Hugging Face hub, on this machine."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError("hf: needs huggingface_hub: pip install huggingface_hub") from None
+    org, repo, *folder = name.split("/")
+    path = "/".join(folder)
+    files = snapshot_download(f"{org}/{repo}", allow_patterns=f"{path}*")
+    return os.path.join(files, path)
+
+
+def fold(w, config):
+    """Our weights from theirs. With the time their adaLN is constant, and folds exactly: scales and
+    shifts into the LayerNorms, gates into the projections behind attention and MLP."""
+
+    def layer(x, name):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    time = torch.cat([torch.ones(128), torch.zeros(128)])  # the cosines and sines of 0
+    condition = F.silu(layer(time.double(), "sigma_map.mlp.0"))
+    condition = F.silu(layer(condition, "sigma_map.mlp.2"))
+    shift, scale = layer(condition, "output_layer.adaLN_modulation").chunk(2)
+    w["output_layer.norm_final.weight"] *= 1 + scale
+    w["output_layer.norm_final.bias"] = shift
+    for i in range(config.n_layer):
+        block = f"blocks.{i}"
+        modulation = layer(condition, f"{block}.adaLN_modulation")
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
+        w[f"{block}.norm1.weight"] *= 1 + scale1
+        w[f"{block}.norm1.bias"] = shift1
+        w[f"{block}.attn_out.weight"] *= gate1[:, None]
+        w[f"{block}.norm2.weight"] *= 1 + scale2
+        w[f"{block}.norm2.bias"] = shift2
+        w[f"{block}.mlp.2.weight"] *= gate2[:, None]
+        w[f"{block}.mlp.2.bias"] *= gate2
+    ours = {"noisy_gain": torch.tensor(1.0)}
+    for name, x in w.items():
+        if not re.search("sigma_map|adaLN|rotary_emb", name):
+            for theirs, mine in NAMES.items():
+                name = name.replace(theirs, mine)
+            ours[name] = x[: config.vocab_size] if name.startswith("head") else x
+    return ours
+
+
+NAMES = {
+    "vocab_embed.embedding": "embedding.weight",
+    "output_layer.norm_final": "norm",
+    "output_layer.linear": "head",
+    "attn_qkv": "qkv",
+    "mlp.0": "mlp_in",
+    "mlp.2": "mlp_out",
+}
+
+
+@dataclass
+class Conversion:
+    source: str = ""  # a folder, or hf:org/repo/folder
+    target: str = ""  # the checkpoint to write
+    noise: str = "auto"  # of the weights: masked | uniform | auto; auto: read off the head
+
+
+def main():
+    values, given = parse_flags(__doc__, Conversion, positional=("source", "target"))
+    if not {"source", "target"} <= given:
+        raise ValueError("say python blockgen.py FROM OUT.pt")
+    save_checkpoint(values["target"], **convert(values["source"], values["noise"]))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,507 +1,639 @@
 """Generate text, block by block, from a checkpoint.
 
-    python sample.py                                     # out/ckpt.pt, ancestral sampling, one sample
-    python sample.py --sampler=ar                        # the same weights, one token at a time
-    python sample.py --sampler=arpc --steps=8            # diffusion proposes, the AR side sends the worst tokens back
-    python sample.py --sampler=speculative               # diffusion drafts, the AR side verifies: exactly AR samples
-    python sample.py --prompt="Return the" --watch       # every pass, in the terminal
-    python sample.py --table --num_samples=64            # quality against passes, every sampler
-    python sample.py --template="Return the ____ of the ____."   # a run of k > 1 underscores is a hole of k tokens
+    python sample.py                                  # out/ckpt.pt, ancestral sampling, one sample
+    python sample.py --sampler=ar                     # the same weights, one token at a time
+    python sample.py --sampler=arpc --steps=8         # diffusion proposes, the AR side sends back
+    python sample.py --sampler=speculative            # diffusion drafts, AR verifies: AR samples
+    python sample.py --prompt="Return the" --watch    # every pass, in the terminal
+    python sample.py --template="Return the ____ of"  # k > 1 underscores are k tokens to fill in
+    python sample.py --table --num_samples=64         # quality against passes, every sampler
+    python sample.py --ckpt=out-math/ckpt.pt --problem=17 --watch    # a math problem and its answer
 
-One loop over blocks (`generate`); each sampler is one function that fills a block, or for `speculative` the whole
-sequence. A draw depends on (seed, row, position, step) alone, so a row's sample does not depend on its batch.
+One loop over blocks, `generate`, serves all samplers: each is a function that fills one block. What
+is drawn depends on seed, row, position and step alone. So a row does not depend on its batch, but
+for speculative decoding, where its law does not: there rows wait for the slowest one.
 """
-import inspect
 import json
 import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+
+from blockgen import SCHEDULES, draw, find_device, load_checkpoint, pick, random_numbers
+from prepare_data import (
+    END,
+    check_settings,
+    from_values,
+    is_question,
+    is_right,
+    load_tokenizer,
+    open_data,
+    parse_flags,
+    run_script,
+    solve,
+)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blockgen import NOISES, SCHEDULES, draw, find_device, load_checkpoint, uniform
-from prepare_data import load_tokenizer, new_parser, run_script
-
-REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL = range(5)  # what a random number is for; part of its key
-CRITERIA = ["kld", "reverse_kld", "tvd", "ar_nll", "ar_gap", "ar_entropy",
-            "diffusion_entropy", "diffusion_confidence", "diffusion_margin", "random"]
-VERIFIED = CRITERIA[:6]  # those that look at the AR side
-SAMPLERS = {  # sampler: the options of generate() that change what it does; the others are refused
-    "ar": [],
-    "ancestral": ["block_size", "steps", "schedule", "ar_tokens"],
-    "arpc": ["block_size", "steps", "schedule", "ar_tokens", "criterion", "warmup", "guide_every"],
-    "confidence": ["block_size", "threshold", "ar_tokens"],
-    "speculative": ["block_size"],
-}
+SAMPLERS = ["ar", "ancestral", "arpc", "confidence", "speculative"]
+AR_CRITERIA = ["kld", "reverse_kld", "tvd", "ar_nll", "ar_gap", "ar_entropy"]
+CRITERIA = AR_CRITERIA + ["diffusion_entropy", "diffusion_confidence", "diffusion_margin", "random"]
+# what a random number is for, a part of its key
+REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL, VERIFY = range(6)
 
 
 @dataclass
-class Run:
-    """The state of one call of generate()."""
+class Options:
+    """How to sample: the keyword arguments of generate(), and flags."""
 
-    model: object
-    cache: object
-    tokens: torch.Tensor  # (N, L), final where generation has been
-    free: torch.Tensor  # (N, L) False where a token is given
-    options: dict
-    rows: torch.Tensor  # (N, 1) part of the key of the random numbers
-    committed: int = 0  # tokens in the cache
-    stats: dict = field(default_factory=lambda: dict(nfe=0, renoised=0, rounds=0, accepted=0))
+    sampler: str = "ancestral"  # ar | ancestral | arpc | confidence | speculative
+    block_size: int = 16  # tokens a block, at least 1; the length if that is less
+    steps: int = 16  # reverse steps a block, at least 1
+    schedule: str = "model"  # of the steps: linear | cosine | model; model: as in its training
+    ar_tokens: int = 0  # write so many tokens by AR first, at least 0
+    criterion: str = "ar_nll"  # arpc: what is sent back (in the paper kld); a wrong one lists all
+    warmup: int = 0  # arpc: steps of a block before guidance sets in, at least 0
+    guide_every: int = 1  # arpc: steps from one guided step to the next, at least 1
+    threshold: float = 0.9  # confidence: tokens above this probability stay; at least 0, at most 1
+    temperature: float = 1.0  # at least 0; 0 is greedy
+    top_k: int = 0  # draw from the k likeliest tokens only, at least 0; 0: from all
+    top_p: float = 1.0  # draw from the likeliest that have this together; at least 1e-9, at most 1
+    seed: int = 0  # of everything random, at least 0, at most 9e18
 
-    def random(self, purpose, positions, step=0):
-        """Uniform numbers for positions (n,) or (N, n): float64 (N, n)."""
-        return uniform(self.options["seed"], purpose, step, self.rows, positions, device=self.tokens.device)
-
-    def prior(self, purpose, positions, step=0):
-        """Pure noise at positions (n,) or (N, n): (N, n) tokens."""
-        u = self.random(purpose, positions, step)
-        return self.model.noise.prior(u.shape, u.device, u)
-
-    def denoise(self, xt, begin):
-        """Logits of the block xt (N, n) at begin. The pass that starts a block also commits what came before it."""
-        commit = self.tokens[:, self.committed : begin]
-        self.committed = begin
-        self.stats["nfe"] += 1
-        return self.model.denoise(xt, self.cache, commit, self.options["block_size"])
-
-    def verify(self, x, positions):
-        """AR logits of the proposed tokens x (N, n)."""
-        self.stats["nfe"] += 1
-        return self.model.verify(x, self.cache, self.prior(PRIOR, positions))
-
-    def shape(self, logits):
-        """The distribution to draw from, float64 (N, n, V): temperature (0 is greedy), then top-k, then top-p."""
-        temperature, top_k, top_p = (self.options[o] for o in ("temperature", "top_k", "top_p"))
-        if temperature == 0:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-        logits = logits.double() / temperature
-        if top_k:
-            kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-            logits = logits.masked_fill(logits < kth, float("-inf"))
-        probs = logits.softmax(-1)
-        if top_p < 1:
-            ordered, index = probs.sort(descending=True)
-            outside = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it have the mass already
-            probs = probs.scatter(-1, index, ordered.masked_fill(outside, 0))
-        return probs / probs.sum(-1, keepdim=True)
+    def __post_init__(self):
+        check_settings(self)
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Filling one block: each returns its tokens (N, n)
-
-
-def fill_by_steps(run, begin, end, steps, watch):
-    """Ancestral sampling: `steps` reverse steps from pure noise. Under ARPC a guided step goes all the way, to a proposal
-    for the whole block, and sends its worst tokens back to noise."""
-    positions = torch.arange(begin, end, device=run.tokens.device)
-    free, noise, options = run.free[:, begin:end], run.model.noise, run.options
-    arpc, warmup, every = options["sampler"] == "arpc", options["warmup"], options["guide_every"]
-    alpha = SCHEDULES[options["schedule"]](1 - torch.arange(steps + 1, dtype=torch.float64) / steps)[0].tolist()
-    xt = torch.where(free, run.prior(PRIOR, positions), run.tokens[:, begin:end])
-    for k in range(steps):
-        guided = arpc and warmup <= k < steps - 1 and (k - warmup) % every == 0
-        logits = run.denoise(xt, begin)
-        u = run.random(REVEAL, positions, k)
-        proposal = noise.step(run.shape(logits), xt, 1.0 if guided else alpha[k + 1], alpha[k], u)
-        proposal = torch.where(free, proposal, xt)
-        worst, ar, xs = torch.zeros_like(free), None, proposal
-        if guided:
-            count = max(1, round((1 - alpha[k + 1]) * (end - begin)))
-            worst, ar = find_worst(run, proposal, xt, logits, positions, k, count)
-            xs = torch.where(worst, run.prior(RENOISE, positions, k + 1), proposal)
-            run.stats["renoised"] += worst.sum()
-        if watch:
-            watch(run, begin, xt, xs, worst, proposal, logits, ar)
-        xt = xs
-        if noise.mask is not None and not arpc and k < steps - 1 and not (xt == noise.mask).any():
-            break  # all are revealed: no further step would change anything
-    return xt
-
-
-def find_worst(run, x, xt, logits, positions, step, count):
-    """Where ARPC sends tokens back: the `count` free positions (or all, if they are fewer) of proposal x (N, n) that score
-    highest under the criterion. Returns that mask (N, n), and the AR log-probabilities if the criterion needs them.
-
-    With masked noise a position revealed before this step has no diffusion distribution but a point mass on its token,
-    and kld would be infinite. There the divergences take what the point mass gives in reverse_kld, -log p_AR(token), and
-    in tvd, 1 - p_AR(token); the diffusion criteria see certainty."""
-    free, criterion, mask = run.free[:, positions], run.options["criterion"], run.model.noise.mask
-    diffusion = logits.double().log_softmax(-1)  # (N, n, V)
-    ar = run.verify(x, positions).double().log_softmax(-1) if criterion in VERIFIED else None
-    settled = torch.zeros_like(free) if mask is None else xt != mask
-    at = lambda logp: logp.gather(-1, x[..., None])[..., 0]  # (N, n), of the proposed token
-    divergence = lambda a, b: (a.exp() * (a - b)).sum(-1)
-    entropy = lambda logp: -(logp.exp() * logp).sum(-1)
-    margin = lambda p: (p.topk(2, -1).values * torch.tensor([1, -1], device=p.device)).sum(-1)
-    score = {
-        "kld": lambda: torch.where(settled, -at(ar), divergence(ar, diffusion)),
-        "reverse_kld": lambda: torch.where(settled, -at(ar), divergence(diffusion, ar)),
-        "tvd": lambda: torch.where(settled, 1 - at(ar).exp(), (ar.exp() - diffusion.exp()).abs().sum(-1) / 2),
-        "ar_nll": lambda: -at(ar),
-        "ar_gap": lambda: ar.max(-1).values.exp() - at(ar).exp(),
-        "ar_entropy": lambda: entropy(ar),
-        "diffusion_entropy": lambda: entropy(diffusion).masked_fill(settled, 0),
-        "diffusion_confidence": lambda: 1 - at(diffusion).exp().masked_fill(settled, 1),
-        "diffusion_margin": lambda: 1 - margin(diffusion.exp()).masked_fill(settled, 1),
-        "random": lambda: run.random(ACCEPT, positions, step + 1),
-    }[criterion]()
-    ranks = score.masked_fill(~free, float("-inf")).argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return (ranks < count) & free, ar
-
-
-def fill_by_confidence(run, begin, end, steps, watch):
-    """Each pass commits the tokens whose probability exceeds the threshold, at least the likeliest (SDAR, Fast-dLLM)."""
-    positions = torch.arange(begin, end, device=run.tokens.device)
-    free = run.free[:, begin:end]
-    open_ = free.clone()
-    xt = torch.where(free, run.prior(PRIOR, positions), run.tokens[:, begin:end])
-    for k in range(end - begin):
-        logits = run.denoise(xt, begin)
-        x = draw(run.shape(logits), run.random(REVEAL, positions, k))
-        confidence = logits.double().softmax(-1).gather(-1, x[..., None])[..., 0].masked_fill(~open_, -1)  # (N, n)
-        best = F.one_hot(confidence.argmax(-1), end - begin).bool()
-        take = open_ & (best | (confidence > run.options["threshold"]))
-        xs = torch.where(take, x, xt)
-        open_ = open_ & ~take
-        if watch:
-            watch(run, begin, xt, xs, torch.zeros_like(free), xs, logits, None)
-        xt = xs
-        if not open_.any():
-            break
-    return xt
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speculative decoding: whole sequences, each row at a pace of its own
-
-
-def speculate(run, length, watch):
-    """Draft a block by diffusion in one pass, verify it by the AR side in one, and accept so that what comes out is exactly
-    an AR sample (Leviathan et al. 2022, arXiv 2211.17192): keep x ~ q with probability min(1, p(x) / q(x)), and at the
-    first rejection draw from (p - q)+. The keys and values of accepted tokens are those the verifying pass wrote."""
-    S, device = run.options["block_size"], run.tokens.device
-    tokens, free = F.pad(run.tokens, (0, S)), F.pad(run.free, (0, S))  # a draft may run over the end; nothing is free there
-    start = (~free[:, :length]).cumprod(1).sum(1)  # (N,) the prompt
-    if start.max() > 0:
-        run.verify(tokens[:, : start.max()], torch.arange(int(start.max()), device=device))
-    run.cache.length, position, commit = start, start, None
-    for k in range(length):
-        if finished(run, tokens[:, :length], position).all():
-            break
-        active = position < length
-        window = position[:, None] + torch.arange(S, device=device)  # (N, S)
-        given, open_ = tokens.gather(1, window), free.gather(1, window)
-        run.stats["nfe"] += 1
-        xt = torch.where(open_, run.prior(RENOISE, window, k), given)
-        logits = run.model.denoise(xt, run.cache, commit)
-        q = run.shape(logits)  # (N, S, V)
-        x = torch.where(open_, draw(q, run.random(REVEAL, window, k)), given)
-        p = run.shape(run.verify(x, window))
-        ratio = (p.gather(-1, x[..., None]) / q.gather(-1, x[..., None]))[..., 0]
-        accepted = (~open_ | (run.random(ACCEPT, window, k) < ratio)).cumprod(1)  # (N, S) ones up to the first rejection
-        n = accepted.sum(1, keepdim=True)  # (N, 1)
-        at = n.clamp(max=S - 1)
-        residual = (p - q).clamp(min=0).gather(1, at[..., None].expand(-1, 1, p.shape[-1]))[:, 0]  # (N, V)
-        other = draw(residual, run.random(RESIDUAL, position[:, None], k)[:, 0])
-        x = x.scatter(1, at, torch.where(n < S, other[:, None], x.gather(1, at)))
-        tokens = tokens.scatter(1, window, torch.where(torch.arange(S, device=device) <= n, x, given))
-        run.stats["accepted"] += (accepted.bool() & open_).sum()
-        run.stats["rounds"] += active.sum()
-        if watch:
-            watch(run, int(position[0]), xt, x, (torch.arange(S, device=device) >= n) & open_, x, logits, p.log())
-        position = (position + n[:, 0] + 1).minimum(position + S).clamp(max=length)
-        # all new tokens but the last are in the cache; the last, perhaps a replacement, is committed by the next draft
-        run.cache.length = position - 1
-        commit = tokens.gather(1, position[:, None] - 1)
-    run.tokens = tokens[:, :length]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The loop over blocks
 
 
-def ends(run, tokens):
-    """(N, L) True at generated end tokens behind which nothing is given: those finish a row. A prompt's own do not."""
-    later = (~run.free).flip(1).cumsum(1).flip(1) > 0  # something given from here on
-    return (tokens == run.options["stop"]) & ~later
-
-
-def finished(run, tokens, position):
-    """(N,) rows that have all their tokens, or an end token, before position (int or (N,))."""
-    position = torch.as_tensor(position, device=tokens.device).expand(len(tokens))
-    before = torch.arange(tokens.shape[1], device=tokens.device) < position[:, None]
-    return (ends(run, tokens) & before).any(1) | (position >= tokens.shape[1])
-
-
-def check_options(model, n, length, given, o):
-    """Raises ValueError with a line for the user."""
-    seq_len = model.config.seq_len
-    if o["sampler"] not in SAMPLERS or o["criterion"] not in CRITERIA or o["schedule"] not in SCHEDULES:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; criterion one of {', '.join(CRITERIA)}")
-    if n < 1 or not 1 <= length <= seq_len:
-        raise ValueError(f"the model writes from 1 to {seq_len} tokens, not {length}, in 1 or more samples")
-    if not 1 <= o["block_size"] <= seq_len:
-        raise ValueError(f"block_size must lie in 1 to {seq_len}, not {o['block_size']}")
-    for name, low, high in (("steps", 1, None), ("temperature", 0, None), ("top_k", 0, None), ("guide_every", 1, None),
-                            ("warmup", 0, None), ("ar_tokens", 0, length), ("threshold", 0, 1)):
-        if o[name] < low or (high is not None and o[name] > high):
-            most = "" if high is None else f" and at most {high}"
-            raise ValueError(f"{name} must be at least {low}{most}, not {o[name]}")
-    if not 0 < o["top_p"] <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], not {o['top_p']}")
-    verified = o["sampler"] == "speculative" or (o["sampler"] == "arpc" and o["criterion"] in VERIFIED)
-    if not model.config.token_causal and (verified or o["ar_tokens"]):
-        raise ValueError("this model's clean tokens are block-causal: its AR side and its blocks cannot share a cache")
-    if given is not None and (given.shape != (n, length) or given.max() >= model.config.vocab_size):
-        raise ValueError(f"given must be ({n}, {length}) tokens of the vocabulary, -1 where free")
-
-
 @torch.no_grad()
-def generate(model, n, length, *, sampler="ancestral", block_size=None, steps=16, schedule="linear", given=None,
-             ar_tokens=0, criterion="ar_nll", warmup=0, guide_every=1, threshold=0.9, temperature=1.0, top_k=0, top_p=1.0,
-             stop=None, seed=0, first_row=0, watch=None):
-    """n sequences of `length` tokens: (tokens (n, length) int64, stats).
+def generate(model, n, length, *, given=None, stop=None, first_row=0, watch=None, **options):
+    """n sequences of `length` tokens by the sampler of the options: (tokens (n, length), stats).
 
-    given (n, length): tokens that stand already, -1 where free; anywhere, different for every row. They are never noised.
-    block_size: by default 16, or the model's length if that is less.
-    sampler: ar; ancestral; arpc (criterion, warmup, guide_every); confidence (threshold); speculative. All use the cache.
-    The first ar_tokens tokens are AR whatever the sampler. steps: reverse steps a block, evenly spaced on the schedule.
-    stop: a token that finishes a row; the row is filled up with it. Rows count from first_row in the random numbers' key.
-    stats: nfe (network passes), tokens (generated), passes_per_token, seconds, tokens_per_second, and where they apply
-    renoised, accepted_length (drafted tokens that a speculative round keeps). Raises ValueError."""
-    block_size = min(16, model.config.seq_len) if block_size is None else block_size
-    options = {k: v for k, v in locals().items() if k not in ("model", "given", "watch", "length")}
-    check_options(model, n, length, given, options)
-    cache = model.new_cache(n, length + block_size)
-    began, device = time.time(), cache.length.device
+    given (n, length): tokens that stand already, -1 where free; anywhere, others in every row.
+    They are never noised. stop: a token that ends a row; the row is filled up with it. Rows count
+    from first_row in the key of the random numbers. watch: called after every pass.
+    stats: nfe (network passes), tokens (written), passes_per_token, seconds, tokens_per_second,
+    renoised (by ARPC), accepted_length (drafted tokens that a row keeps in a speculative round).
+    Raises ValueError."""
+    o = Options(**options)
     given = torch.full((n, length), -1) if given is None else given
-    given = given.to(device)
-    options["stop"] = -1 if stop is None else stop
-    options["block_size"] = block_size = 1 if sampler == "ar" else min(block_size, length)
-    rows = torch.arange(first_row, first_row + n, device=device)[:, None]
-    run = Run(model, cache, given.clamp(min=0), given < 0, options, rows)
-    if sampler == "speculative":
-        speculate(run, length, watch)
-    else:
-        fill = fill_by_confidence if sampler == "confidence" else fill_by_steps
-        begins = [*range(ar_tokens), *range(ar_tokens, length, block_size), length]
-        for begin, end in zip(begins, begins[1:]):
-            if not run.free[:, begin:end].any():
-                continue  # the next pass commits it
-            one = end - begin == 1  # a block of one token takes one step: this is the AR mode
-            run.tokens[:, begin:end] = (fill_by_steps if one else fill)(run, begin, end, 1 if one else steps, watch)
-            if finished(run, run.tokens, end).all():
-                break
-    return finish(run, time.time() - began)
+    check_request(model, n, length, given, o)
+    began = time.time()
+    run = Run(model, o, given.to(model.head.bias.device), stop, first_row, watch)
+    block_size = 1 if o.sampler == "ar" else o.block_size
+    while not run.decided.all():
+        n_tokens = min(1 if run.begin < o.ar_tokens else block_size, length - run.begin)
+        run.end = run.begin + n_tokens
+        if n_tokens == 1 and run.free().any():
+            fill_by_steps(run, steps=1)  # one step for one token: the AR side
+        elif run.free().any():  # else the next pass commits the block
+            FILL[o.sampler](run, o.steps)
+        run.decided |= run.ends().any(1, keepdim=True)
+        run.begin += run.count_decided()
+    return run.tokens_and_stats(time.time() - began)
 
 
-def finish(run, seconds):
-    """Fill rows up behind their end token; work out the statistics."""
-    stop, stats = run.options["stop"], run.stats
-    end = ends(run, run.tokens)
-    behind = (end.cumsum(1) - end.long()) > 0
-    tokens = run.tokens.masked_fill(behind, max(stop, 0))
-    produced = int((run.free & ~behind).sum())
-    per_token = stats["nfe"] * len(tokens) / max(1, produced)
-    result = dict(nfe=stats["nfe"], tokens=produced, passes_per_token=per_token, seconds=seconds,
-                  tokens_per_second=produced / seconds)
-    if run.options["sampler"] == "arpc":
-        result["renoised"] = int(stats["renoised"])
-    if run.options["sampler"] == "speculative":
-        result["accepted_length"] = int(stats["accepted"]) / max(1, int(stats["rounds"]))
-    return tokens, result
+def check_request(model, n, length, given, o):
+    """Raises ValueError with a line for the user."""
+    config = model.config
+    if n < 1 or not 1 <= length <= config.seq_len:
+        raise ValueError(f"the model writes 1 to {config.seq_len} tokens a sample, not {length}")
+    if given.shape != (n, length) or given.max() >= config.vocab_size:
+        raise ValueError(f"given must be ({n}, {length}) tokens of the vocabulary, -1 where free")
+    verifies = o.sampler == "arpc" and o.criterion in AR_CRITERIA or o.sampler == "speculative"
+    if not config.token_causal and (verifies or o.ar_tokens):
+        raise ValueError("this model's clean tokens are block-causal: its AR side has no cache")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class Run:
+    """The state of one call of generate(): what is decided, and the block [begin, end) at hand."""
+
+    def __init__(self, model, options, given, stop, first_row, watch):
+        n, length = given.shape
+        self.model, self.options = model, options
+        self.cache = model.new_cache(n, length)
+        self.given = given >= 0  # (N, L)
+        self.decided = self.given.clone()  # (N, L) given or written
+        self.tokens = given.clamp(min=0)  # (N, L), final where decided
+        self.stop = -1 if stop is None else stop
+        self.rows = np.arange(first_row, first_row + n)[:, None]  # (N, 1)
+        self.watch = watch or (lambda *_: None)
+        self.begin = self.end = 0
+        self.nfe = self.renoised = self.rounds = self.accepted = 0
+
+    def free(self):
+        """Where the block is not decided, (N, n)."""
+        return ~self.decided[:, self.begin : self.end]
+
+    def random(self, purpose, step=0):
+        """A uniform number for each token of the block: float64 (N, n)."""
+        positions = np.arange(self.begin, self.end)
+        key = (self.options.seed, purpose, step, self.rows, positions)
+        return random_numbers(*key, device=self.tokens.device)
+
+    def prior(self, purpose, step=0):
+        """A block of pure noise: tokens (N, n)."""
+        noise = self.model.noise
+        shape = len(self.tokens), self.end - self.begin
+        u = self.random(purpose, step) if noise.mask is None else None
+        return noise.prior(shape, self.tokens.device, u)
+
+    def noisy_block(self, step=0):
+        """The tokens that are decided, noise between them: (N, n)."""
+        tokens = self.tokens[:, self.begin : self.end]
+        return torch.where(self.free(), self.prior(PRIOR, step), tokens)
+
+    def denoise(self, xt):
+        """Logits of the block xt (N, n). The same pass commits what stands before the block."""
+        self.nfe += 1
+        commit = self.tokens[:, self.cache.length : self.begin]
+        return self.model.denoise(xt, self.cache, commit, self.options.block_size)
+
+    def verify(self, x, step):
+        """AR logits of the block of proposed tokens x (N, n)."""
+        self.nfe += 1
+        noise = None
+        if self.model.config.ar == "paper":  # predictions are read from noise tokens
+            noise = self.prior(VERIFY, step)
+        return self.model.verify(x, self.cache, noise)
+
+    def distribution(self, logits):
+        """What tokens are drawn from, (N, n, V): temperature, then top-k, then top-p."""
+        o = self.options
+        if o.temperature < 1e-6:
+            likeliest = logits.argmax(-1)
+            return F.one_hot(likeliest, logits.shape[-1]).float()
+        logits = logits.float() / o.temperature
+        if o.top_k:
+            top = logits.topk(min(o.top_k, logits.shape[-1])).values
+            logits = logits.masked_fill(logits < top[..., -1:], float("-inf"))
+        probs = logits.softmax(-1)
+        if o.top_p < 1:
+            ordered, index = probs.sort(-1, descending=True)
+            before = ordered.cumsum(-1) - ordered  # the mass of the likelier tokens
+            ordered = ordered.masked_fill(before >= o.top_p, 0)
+            probs = probs.scatter(-1, index, ordered)
+            probs = probs / probs.sum(-1, keepdim=True)
+        return probs
+
+    def keep(self, x, where):
+        """Write the tokens x (N, n) where they are decided now."""
+        block = slice(self.begin, self.end)
+        before = self.tokens[:, block]
+        self.tokens[:, block] = torch.where(where, x, before)
+        self.decided[:, block] |= where
+
+    def count_decided(self):
+        """How many tokens from the begin of the block on are decided in every row."""
+        everywhere = self.decided[:, self.begin : self.end].all(0)  # (n,)
+        return int(everywhere.long().cumprod(0).sum())
+
+    def ends(self):
+        """(N, L) True at written end tokens behind which nothing is given: those end a row. A
+        prompt's own do not."""
+        given_later = self.given.flip(1).cumsum(1).flip(1) > 0
+        return (self.tokens == self.stop) & self.decided & ~given_later
+
+    def tokens_and_stats(self, seconds):
+        """What generate returns."""
+        ends = self.ends().long()
+        behind = ends.cumsum(1) > ends  # behind the first end token
+        tokens = self.tokens.masked_fill(behind, max(self.stop, 0))
+        written = int((~self.given & ~behind).sum())
+        stats = dict(
+            nfe=self.nfe,
+            tokens=written,
+            passes_per_token=self.nfe * len(tokens) / max(1, written),
+            seconds=seconds,
+            tokens_per_second=written / seconds,
+        )
+        if self.options.sampler == "arpc":
+            stats["renoised"] = int(self.renoised)
+        if self.options.sampler == "speculative":
+            rounds = max(1, int(self.rounds))
+            stats["accepted_length"] = int(self.accepted) / rounds
+        return tokens, stats
+
+
+# ----------------------------------------------------------------------------------------------
+# Filling one block
+
+
+def fill_by_steps(run, steps):
+    """Ancestral sampling: `steps` reverse steps from pure noise. Under ARPC (arXiv 2606.02241) a
+    guided step goes all the way, to a proposal for the whole block, of which it sends the tokens
+    that score worst back to noise."""
+    o, noise = run.options, run.model.noise
+    schedule = run.model.config.schedule if o.schedule == "model" else o.schedule
+    t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+    alpha = SCHEDULES[schedule](t)[0].tolist()
+    free = run.free()
+    xt = run.noisy_block()
+    for k in range(steps):
+        guided = o.sampler == "arpc" and o.warmup <= k < steps - 1
+        guided = guided and (k - o.warmup) % o.guide_every == 0
+        logits = run.denoise(xt)
+        probs = run.distribution(logits)
+        alpha_s = 1.0 if guided else alpha[k + 1]
+        u = run.random(REVEAL, k)
+        x = noise.step(probs, xt, alpha_s, alpha[k], u)
+        x = proposal = torch.where(free, x, xt)
+        sent_back = torch.zeros_like(free)
+        if guided:
+            noisy_share = 1 - alpha[k + 1]
+            count = max(1, round(noisy_share * free.shape[1]))
+            score = arpc_score(run, x, xt, logits, k)
+            sent_back = highest(score, free, count)
+            x = torch.where(sent_back, run.prior(RENOISE, k + 1), x)
+            run.renoised += sent_back.sum()
+        run.watch(run, xt, x, proposal, sent_back)
+        xt = x
+        can_be_done = o.sampler != "arpc" and noise.mask is not None
+        if can_be_done and not (xt == noise.mask).any():
+            break  # all tokens are revealed: no further step would change anything
+    run.keep(xt, free)
+
+
+def highest(score, free, count):
+    """Where the `count` highest scores (N, n) of free positions are; all, if they are fewer."""
+    score = score.masked_fill(~free, float("-inf"))
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)
+    return (rank < count) & free
+
+
+def arpc_score(run, x, xt, logits, step):
+    """What ARPC's criterion has against each token of a proposal x (N, n) for xt.
+
+    With masked noise a token that was revealed before this step has no diffusion distribution but
+    a point mass, and kld would be infinite. There the divergences take what the point mass gives
+    in reverse_kld, -log p_AR(token), and in tvd, 1 - p_AR(token); the diffusion criteria see
+    certainty."""
+    criterion, mask = run.options.criterion, run.model.noise.mask
+    temperature = max(run.options.temperature, 1e-6)
+    revealed = torch.zeros_like(x, dtype=torch.bool) if mask is None else xt != mask
+    diffusion = (logits.float() / temperature).log_softmax(-1)  # (N, n, V)
+    if criterion == "random":
+        return run.random(ACCEPT, step + 1)
+    if criterion == "diffusion_entropy":
+        return entropy(diffusion).masked_fill(revealed, 0)
+    if criterion in ("diffusion_confidence", "diffusion_margin"):
+        top = diffusion.exp().topk(2, -1).values  # (N, n, 2)
+        likeliest, second = top.unbind(-1)
+        score = second - likeliest if criterion == "diffusion_margin" else -likeliest
+        return score.masked_fill(revealed, -1)
+    ar_logits = run.verify(x, step).float() / temperature
+    ar = ar_logits.log_softmax(-1)  # (N, n, V)
+    nll = -pick(ar, x)
+    if criterion == "kld":
+        return torch.where(revealed, nll, divergence(ar, diffusion))
+    if criterion == "reverse_kld":
+        return torch.where(revealed, nll, divergence(diffusion, ar))
+    if criterion == "tvd":
+        difference = ar.exp() - diffusion.exp()
+        distance = difference.abs().sum(-1) / 2
+        return torch.where(revealed, 1 - (-nll).exp(), distance)
+    if criterion == "ar_gap":
+        return ar.amax(-1) + nll
+    return nll if criterion == "ar_nll" else entropy(ar)
+
+
+def divergence(logp, logq):
+    """KL(p || q), nats, from (..., V) to (...)."""
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def entropy(logp):
+    """Nats, from (..., V) to (...)."""
+    return -(logp.exp() * logp).sum(-1)
+
+
+def fill_by_confidence(run, steps):
+    """Each pass keeps the tokens whose probability exceeds the threshold, at least the likeliest
+    (SDAR, arXiv 2510.06303; Fast-dLLM)."""
+    xt = run.noisy_block()
+    for k in range(run.end - run.begin):
+        free = run.free()
+        if not free.any():
+            break
+        probs = run.distribution(run.denoise(xt))
+        x = draw(probs, run.random(REVEAL, k))
+        confidence = pick(probs, x).masked_fill(~free, -1)  # (N, n)
+        likeliest = confidence.argmax(-1)
+        likeliest = F.one_hot(likeliest, free.shape[1]).bool()
+        sure = likeliest | (confidence > run.options.threshold)
+        sure = sure & free
+        x = torch.where(sure, x, xt)
+        run.watch(run, xt, x, x, torch.zeros_like(free))
+        run.keep(x, sure)
+        xt = x
+
+
+def fill_by_draft(run, steps):
+    """Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192): diffusion drafts in one pass,
+    the AR side verifies in one, and what comes out is exactly an AR sample. Keep x ~ q with
+    probability min(1, p(x) / q(x)); at the first rejection draw from (p - q)+. Behind it nothing is
+    decided: the next block begins at the first token that some row lacks."""
+    step = run.begin
+    free = run.free()
+    xt = run.noisy_block(step)
+    q = run.distribution(run.denoise(xt))  # (N, n, V)
+    draft = draw(q, run.random(REVEAL, step))
+    x = torch.where(free, draft, xt)
+    p = run.distribution(run.verify(x, step))
+    ratio = pick(p, x) / pick(q, x)
+    likely = run.random(ACCEPT, step) < ratio
+    accepted = (~free | likely).long().cumprod(1)  # (N, n) 1 up to the first rejection
+    n_accepted = accepted.sum(1, keepdim=True)  # (N, 1)
+    rejected = torch.arange(free.shape[1], device=x.device) == n_accepted  # (N, n) the first one
+    excess = (p - q).clamp(min=0) * rejected[..., None]  # (N, n, V)
+    u = run.random(RESIDUAL, step)[:, 0]
+    replacement = draw(excess.sum(1), u)  # (N,)
+    x = torch.where(rejected, replacement[:, None], x)
+    kept = accepted.bool() | rejected
+    run.accepted += (accepted.bool() & free).sum()
+    run.rounds += free.any(1).sum()
+    run.watch(run, xt, x, x, ~kept)
+    run.keep(x, kept)
+    # The verifying pass wrote the keys of what every row accepted. At least one token is left to the
+    # next pass, which needs its state.
+    run.cache.length += min(int(n_accepted.min()), free.shape[1] - 1)
+
+
+FILL = {
+    "ancestral": fill_by_steps,
+    "arpc": fill_by_steps,
+    "confidence": fill_by_confidence,
+    "speculative": fill_by_draft,
+}
+
+
+# ----------------------------------------------------------------------------------------------
 # Quality against passes
 
-GRID = [("ar", {}), ("speculative", {})]
-GRID += [("ancestral", {"steps": k}) for k in (1, 2, 4, 8, 16)]
-GRID += [("confidence", {"threshold": p}) for p in (0.5, 0.9)]
-GRID += [("arpc", {"criterion": c, "steps": k}) for c in ("ar_nll", "kld", "diffusion_confidence", "random") for k in (2, 4, 8)]
+GRID = [dict(sampler="ar"), dict(sampler="speculative")]
+GRID += [dict(sampler="ancestral", steps=k) for k in (1, 2, 4, 8, 16)]
+GRID += [dict(sampler="confidence", threshold=p) for p in (0.5, 0.9)]
+GRID += [
+    dict(sampler="arpc", criterion=criterion, steps=k)
+    for criterion in ("ar_nll", "kld", "diffusion_confidence", "random")
+    for k in (2, 4, 8)
+]
 
 
-def quality(tokens, decode, content):
-    """What share of each sample (N, L) is right, (N,): words that the training text has; or transitions of the chain."""
-    meta = content["meta"]
+def in_batches(model, given, stop, batch_size, watch, options):
+    """generate() for all rows of given, some at a time: yields (tokens on the CPU, stats)."""
+    for first in range(0, len(given), batch_size):
+        part = given[first : first + batch_size]
+        options = dict(options, given=part, stop=stop, first_row=first, watch=watch)
+        tokens, stats = generate(model, *part.shape, **options)
+        yield tokens.cpu(), stats
+
+
+def make_judge(meta, decode, train, problems):
+    """A function: what share of sample i (a list of tokens) is right. Of a problem the answer; of a
+    chain the transitions that it has; of a text the words that the training text has."""
+    if problems is not None:
+
+        def right_answer(i, tokens):
+            reference = answer_of(problems[i], decode)
+            return is_right(answer_of(tokens, decode), reference)
+
+        return right_answer
     if "transitions" in meta:
-        possible = torch.tensor(meta["transitions"]) > 0
-        return possible[tokens[:, :-1], tokens[:, 1:]].double().mean(1)
-    folder = os.path.join(content["args"]["data_dir"], content["args"]["dataset"])
-    known = set(re.findall(r"[A-Za-z]+", decode(np.fromfile(os.path.join(folder, "train.bin"), meta["dtype"]).tolist())))
-    words = [re.findall(r"[A-Za-z]+", decode(row))[1:-1] for row in tokens.tolist()]  # the outer ones may be cut
-    return torch.tensor([sum(w in known for w in row) / max(1, len(row)) for row in words], dtype=torch.float64)
+        possible = np.array(meta["transitions"]) > 0
+        return lambda i, tokens: possible[tokens[:-1], tokens[1:]].mean()
+    known = set(re.findall(r"[A-Za-z]+", decode(train.tolist())))
+
+    def known_words(i, tokens):
+        words = re.findall(r"[A-Za-z]+", decode(tokens))[1:-1]  # the outer ones may be cut
+        return sum(word in known for word in words) / max(1, len(words))
+
+    return known_words
 
 
-def print_table(model, content, decode, args):
-    """Each sampler of GRID: passes and tokens processed for each token written, quality, entropy of the tokens (low after
-    a collapse), tokens/s."""
-    kind = "valid transitions" if "transitions" in content["meta"] else "known words"
-    L, V, processed = model.config.seq_len, model.config.vocab_size, []
-    model.embedding.register_forward_hook(lambda module, inputs, output: processed.append(inputs[0].shape[1]))
-    print(f"{args.ckpt}: {model.config.noise} noise, {args.num_samples} samples of {L} tokens; ± standard error\n"
-          f"{'sampler':28} {'passes/token':>12} {'processed/token':>16} {kind:>18} {'entropy, nats':>14} {'tokens/s':>9}")
-    for sampler, options in GRID:
-        processed.clear()
-        tokens, stats = generate(model, args.num_samples, L, sampler=sampler, seed=args.seed,
-                                 temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, **options)
-        right = quality(tokens.cpu(), decode, content)
-        frequency = torch.bincount(tokens.flatten(), minlength=V).double() / tokens.numel()
-        entropy = -(frequency * frequency.clamp(min=1e-300).log()).sum()
-        name = " ".join([sampler, *map(str, options.values())])
-        print(f"{name:28} {stats['nfe'] / L:12.3f} {sum(processed) / L:16.2f} {right.mean():10.3f} ± {right.std() / len(right) ** 0.5:.3f} "
-              f"{entropy:14.2f} {stats['tokens_per_second']:9.0f}", flush=True)
+def answer_of(tokens, decode):
+    """The text between a row's first end token, which ends the question, and the next."""
+    return decode(list(tokens)).split(END)[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def measure(model, given, stop, judge, batch_size, options):
+    """One row of the table, a dict: what the samples cost and what they are worth."""
+    processed = []
+
+    def count(module, inputs, output):
+        processed.append(inputs[0].numel())
+
+    hook = model.embedding.register_forward_hook(count)
+    batches = list(in_batches(model, given, stop, batch_size, None, options))
+    hook.remove()
+    tokens = torch.cat([tokens for tokens, _ in batches])
+    total = {}
+    for key in ("nfe", "tokens", "seconds"):
+        total[key] = sum(stats[key] for _, stats in batches)
+    quality = [judge(i, row) for i, row in enumerate(tokens.tolist())]
+    free = given < 0
+    written = tokens[free] if stop is None else tokens[free & (tokens != stop)]
+    frequency = torch.bincount(written).double() / len(written)
+    return dict(
+        passes=total["nfe"] / len(batches),
+        processed=sum(processed) / total["tokens"],
+        quality=np.mean(quality),
+        error=np.std(quality) / len(quality) ** 0.5,
+        entropy=float(torch.special.entr(frequency).sum()),
+        speed=total["tokens"] / total["seconds"],
+    )
+
+
+def print_table(model, given, stop, judge, batch_size, options):
+    """Every sampler of GRID: network passes a batch, tokens processed for each token written,
+    quality, entropy of the tokens (low after a collapse), tokens/s. Returns the lines of a plot."""
+    print("sampler                       passes processed   quality ± s.e.  nats tokens/s")
+    columns = "{passes:7.1f} {processed:9.1f} {quality:9.3f} {error:6.3f} {entropy:5.2f} "
+    columns += "{speed:8.0f}"
+    lines = {}
+    without_cache = ("ar", "ancestral", "confidence")  # what block-causal clean tokens allow
+    for special in GRID:
+        if not model.config.token_causal and special["sampler"] not in without_cache:
+            continue
+        row = measure(model, given, stop, judge, batch_size, {**options, **special})
+        name = " ".join(map(str, special.values()))
+        print(f"{name:28}", columns.format(**row), flush=True)
+        label = name.rstrip("0123456789. ")
+        point = row["passes"], row["quality"], row["error"]
+        lines.setdefault(label, []).append(point)
+    return lines
+
+
+def plot(panels, path, xlabel, ylabel):
+    """A picture of panels {title: {label: points (x, y, error of y)}}, side by side. Raises
+    ImportError."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (5.5 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for panel, (title, lines) in zip(axes[0], panels.items()):
+        for label, points in lines.items():
+            x, y, error = zip(*points)
+            panel.errorbar(x, y, error, marker="o", capsize=2, label=label)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set(title=title, xlabel=xlabel)
+        panel.legend(fontsize=7)
+    axes[0][0].set_ylabel(ylabel)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------
 # The command line
 
 
-def make_watcher(decode, color, probabilities):
-    """A function for generate(watch=...): a line for every pass of the first row. Dim: noise; bright: new in this pass; red
-    and struck: sent back by ARPC, or rejected. Without color: `_` for a mask, +new+, -sent back-."""
-    paint = {"noise": "\033[2m{}\033[0m", "new": "\033[1;97m{}\033[0m", "worst": "\033[9;31m{}\033[0m", "old": "{}"}
-    style = paint if color else {"noise": "{}", "new": "+{}+", "worst": "-{}-", "old": "{}"}
-    settled = {}  # begin of a block: its positions that hold no noise
+@dataclass
+class Flags:
+    ckpt: tuple = ("out/ckpt.pt",)  # checkpoints: one, or for a table several
+    num_samples: int = 1  # how many samples, at least 1
+    batch_size: int = 32  # how many of them at a time, at least 1
+    length: int = 0  # tokens a sample, prompt included, at least 0; 0: as many as can be
+    prompt: tuple = ()  # what a text begins with; several take turns
+    template: str = ""  # a text with holes: k > 1 underscores are k tokens
+    problem: int = -1  # solve this test problem of the checkpoint's dataset; at least -1: none
+    stop: bool = True  # the vocabulary's end token ends a sample
+    device: str = "auto"  # cpu, cuda, ...; auto: cuda where there is one
+    watch: bool = False  # show every pass
+    table: bool = False  # no text, but quality against passes for every sampler
+    plot: str = ""  # with --table: a picture of it, PNG (needs matplotlib)
+    json: bool = False  # samples and statistics as JSON, one object a batch
 
-    def watch(run, begin, xt, xs, worst, proposal, logits, ar):
-        free = F.pad(run.free, (0, len(xt[0])))[0, begin : begin + len(xt[0])].tolist()
-        quiet = settled.setdefault(begin, {i for i, f in enumerate(free) if not f})
-        xt, xs, worst, proposal = (x[0].tolist() for x in (xt, xs, worst, proposal))
+    def __post_init__(self):
+        check_settings(self)
+        if self.prompt and self.template:
+            raise ValueError("put the --prompt into the --template")
+        if self.plot and not self.table:
+            raise ValueError("--plot goes with --table")
+        if self.watch and self.json:
+            raise ValueError("--watch and --json exclude each other")
+
+
+def make_watcher(decode, color):
+    """A function for generate(watch=...): a line for every pass of the first row. Bright: new in
+    this pass; red and struck: sent back by ARPC, or rejected. Without color: +new+, -sent back-.
+    A mask is `_`."""
+    bright, red = ("\033[1;97m{}\033[0m", "\033[9;31m{}\033[0m") if color else ("+{}+", "-{}-")
+
+    def watch(run, *blocks):
         words = []
-        for i, (old, new, bad) in enumerate(zip(xt, xs, worst)):
-            fresh = new != old and new != run.model.noise.mask
-            kind = "worst" if bad else "new" if fresh else "old" if i in quiet else "noise"
-            quiet.discard(i) if bad else quiet.add(i) if fresh else None
-            token = proposal[i] if bad else new
-            text = "_" if token == run.model.noise.mask else decode([token]).replace("\n", "⏎")
-            words.append(style[kind].format(text))
-        print(f"{run.stats['nfe']:4} {begin:4} | {''.join(words)}", flush=True)
-        if probabilities:
-            sides = {"diffusion": logits.double().log_softmax(-1)} | ({"AR": ar} if ar is not None else {})
-            for i in (i for i, bad in enumerate(worst) if bad):
-                p = ", ".join(f"{name} {x[0, i, proposal[i]].exp():.2g}" for name, x in sides.items())
-                print(f"          | {decode([proposal[i]])!r}: {p}")
+        first_rows = (block[0].tolist() for block in blocks)
+        for old, new, proposed, sent_back in zip(*first_rows):
+            token = proposed if sent_back else new
+            is_mask = token == run.model.noise.mask
+            text = "_" if is_mask else decode([token]).replace("\n", "⏎")
+            style = red if sent_back else bright if token != old else "{}"
+            words.append(style.format(text))
+        print(f"{run.nfe:4} {run.begin:4} | {''.join(words)}", flush=True)
 
     return watch
 
 
-def read_given(args, tokenizer, longest):
-    """The given tokens (num_samples, length) of --prompt or --template, -1 where free. A template is as long as it is."""
-    encode = load_tokenizer(tokenizer)[0]
-    if args.template is not None:
-        pieces = re.split(r"(_{2,})", args.template)
-        texts = [sum(([-1] * len(p) if p.startswith("__") else encode(p) for p in pieces if p), [])]
-    else:
-        texts = [encode(p) for p in args.prompt or []]
-    length = args.length
-    if length is None:
-        length = len(texts[0]) if args.template is not None else longest
-    given = torch.full((args.num_samples, length), -1)
+def read_given(flags, encode, start, longest):
+    """Given tokens (num_samples, length) of --prompt or --template, -1 where free."""
+    texts = [encode(prompt) for prompt in flags.prompt] or [[]]
+    if flags.template:
+        texts = [[]]
+        for part in re.split(r"(_{2,})", flags.template):
+            texts[0] += [-1] * len(part) if part.startswith("__") else encode(part)
+    texts = [start + text for text in texts]
+    length = flags.length or (len(texts[0]) if flags.template else longest)
+    given = torch.full((flags.num_samples, length), -1)
     for i, text in enumerate(texts):
         if len(text) > length:
-            raise ValueError(f"the prompt has {len(text)} tokens, more than the {length} to be written")
+            raise ValueError(f"the prompt has {len(text)} tokens, more than the {length} to write")
         given[i :: len(texts), : len(text)] = torch.tensor(text, dtype=torch.int64)
     return given
 
 
-def make_parser():
-    defaults = {k: p.default for k, p in inspect.signature(generate).parameters.items()}
-    parser = new_parser(__doc__)
-    flag = parser.flag
-
-    def option(name, help, **more):
-        """A flag of some samplers only: it has to be refused by the others, so what was not given stays None."""
-        users = ", ".join(s for s, used in SAMPLERS.items() if name in used)
-        default = 16 if name == "block_size" else defaults[name]
-        more.setdefault("type", type(default))
-        parser.add_argument(f"--{name}", help=f"{help} (default: {default}; for {users})", **more)
-
-    flag("ckpt", "out/ckpt.pt", "a checkpoint: of train.py, a published folder, or hf:org/repo/subfolder")
-    parser.add_argument("--noise", choices=list(NOISES),
-                        help="of a published checkpoint (default: by the size of its vocabulary, where it tells)")
-    flag("sampler", "ancestral", "how to sample", choices=list(SAMPLERS))
-    flag("num_samples", 1, "how many samples")
-    flag("batch_size", 16, "how many of them at a time; changes no sample")
-    flag("length", None, "tokens a sample, prompt included; by default the template's, or all the model can", type=int)
-    parser.add_argument("--prompt", action="append", help="what texts begin with; several take turns (default: nothing)")
-    parser.add_argument("--template", help="a text with holes: k > 1 underscores are k tokens to fill in (default: none)")
-    option("block_size", "tokens a block")
-    option("steps", "reverse steps a block")
-    option("schedule", "of the reverse steps", choices=list(SCHEDULES))
-    option("ar_tokens", "write so many tokens AR first")
-    option("criterion", "which tokens ARPC sends back", choices=CRITERIA)
-    option("warmup", "steps of a block before ARPC sets in")
-    option("guide_every", "ARPC corrects every so many steps")
-    option("threshold", "probability from which on a token is committed")
-    flag("temperature", 1.0, "0 is greedy")
-    flag("top_k", 0, "draw from the k likeliest tokens only; 0: from all")
-    flag("top_p", 1.0, "draw from the likeliest tokens that together have this probability")
-    flag("stop", "end", "a sample ends with this token; end: the vocabulary's own; none: it does not")
-    flag("seed", 0, "of everything random")
-    flag("device", "auto", "cpu, cuda, ...; auto: cuda where there is one")
-    parser.add_argument("--watch", nargs="?", const="steps", choices=["steps", "probs"],
-                        help="show every pass; probs: and the probabilities of what ARPC sends back")
-    parser.add_argument("--table", action="store_true",
-                        help="no text, but quality against passes for every sampler, from num_samples samples each")
-    parser.add_argument("--json", action="store_true", help="print samples and statistics as JSON, one object a batch")
-    return parser
-
-
-def parse_args(argv=None):
-    """(args, options for generate). Raises ValueError for an option that the sampler would ignore."""
-    args = make_parser().parse_args(argv)
-    special = {o for used in SAMPLERS.values() for o in used}
-    options = {o: getattr(args, o) for o in special if getattr(args, o) is not None}
-    for name in sorted(options.keys() - set(SAMPLERS[args.sampler])):
-        raise ValueError(f"--{name} does nothing with --sampler={args.sampler}")
-    if args.prompt and args.template is not None:
-        raise ValueError("--prompt and --template exclude each other: put the prompt into the template")
-    if args.watch and args.json:
-        raise ValueError("--watch and --json exclude each other")
-    if min(args.num_samples, args.batch_size, 1 if args.length is None else args.length) < 1:
-        raise ValueError("--num_samples, --batch_size and --length must be at least 1")
-    return args, options
-
-
-def stop_token(args, tokenizer):
-    if args.stop in ("end", "none"):
-        return tokenizer["end"] if args.stop == "end" else None
-    tokens = load_tokenizer(tokenizer)[0](args.stop)
-    if len(tokens) != 1:
-        raise ValueError(f"--stop must be one token; {args.stop!r} is {len(tokens)}")
-    return tokens[0]
-
-
-def main():
-    args, options = parse_args()
-    model, meta = load_checkpoint(args.ckpt, find_device(args.device), args.noise)
-    tokenizer = meta["meta"]["tokenizer"]
-    if tokenizer is None:
-        raise ValueError(f"{args.ckpt}: the tokenizer of its {model.config.vocab_size} tokens is not known here")
-    decode, stop = load_tokenizer(tokenizer)[1], stop_token(args, tokenizer)
-    if args.table:
-        return print_table(model, meta, decode, args)
-    given = read_given(args, tokenizer, model.config.seq_len)
-    watch = make_watcher(decode, sys.stdout.isatty(), args.watch == "probs") if args.watch else None
-    for first in range(0, args.num_samples, args.batch_size):
-        rows = given[first : first + args.batch_size]
-        tokens, stats = generate(model, *rows.shape, sampler=args.sampler, given=rows, temperature=args.temperature,
-                                 top_k=args.top_k, top_p=args.top_p, stop=stop, seed=args.seed, first_row=first,
-                                 watch=watch, **options)
-        texts = [decode(row[: row.index(stop)] if stop in row else row) for row in tokens.tolist()]
-        if args.json:
+def print_samples(model, given, stop, show, flags, options, watch):
+    """Samples as text or as JSON. show: the text of a row of tokens."""
+    for tokens, stats in in_batches(model, given, stop, flags.batch_size, watch, options):
+        texts = [show(row) for row in tokens.tolist()]
+        if flags.json:
             print(json.dumps({"samples": texts, **stats}))
             continue
         for text in texts:
-            print(text, end="\n" + "-" * 80 + "\n")
-        more = "".join(f", {k.replace('_', ' ')} {stats[k]:g}" for k in ("renoised", "accepted_length") if k in stats)
-        print(f"{stats['nfe']} passes for {stats['tokens']} tokens ({stats['passes_per_token']:.2f} a token), "
-              f"{stats['tokens_per_second']:.0f} tokens/s{more}")
+            print(text, "-" * 80, sep="\n")
+        print(", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
+
+
+def sample(path, flags, options):
+    """What the flags ask of one checkpoint. Of a table, returns (title, the lines of a plot)."""
+    model, content = load_checkpoint(path, find_device(flags.device))
+    tokenizer = content["meta"]["tokenizer"]
+    encode, decode = load_tokenizer(tokenizer)
+    stop = tokenizer["end"] if flags.stop else None
+    start = [tokenizer["start"]] if "start" in tokenizer else []
+    given, problems = read_given(flags, encode, start, model.config.seq_len), None
+    if flags.table or flags.problem >= 0:
+        train, val, meta = open_dataset(path, content["args"])
+        if "row_length" in meta:
+            chosen = [flags.problem] * flags.num_samples
+            if flags.table:
+                chosen = range(flags.num_samples)
+            problems = choose_problems(val, chosen, meta)
+            given = problems.where(is_question(problems, tokenizer["end"]), -1)
+        judge = make_judge(meta, decode, train, problems)
+    if flags.table:
+        title = f"{path}, {model.config.noise} noise"
+        print(f"\n{title}, {len(given)} samples")
+        return title, print_table(model, given, stop, judge, flags.batch_size, options)
+
+    def show(tokens):
+        if problems is not None:
+            question, answer = decode(tokens).split(END)[:2]
+            verdict = "right" if judge(0, tokens) else "wrong"
+            return f"{question}\n{answer}= {solve(answer)}, {verdict}"
+        while tokens and tokens[-1] == stop:
+            tokens.pop()
+        return decode(tokens)
+
+    watch = make_watcher(decode, sys.stdout.isatty()) if flags.watch else None
+    print_samples(model, given, stop, show, flags, options, watch)
+
+
+def open_dataset(path, args):
+    """The dataset that a checkpoint was trained on. Raises ValueError if nobody knows it."""
+    if not args:
+        raise ValueError(f"{path} was converted: it has no dataset to judge samples by")
+    return open_data(os.path.join(args["data_dir"], args["dataset"]))
+
+
+def choose_problems(val, chosen, meta):
+    """The chosen problems, rows (N, L) of tokens. Raises ValueError if there are not so many."""
+    problems = val.reshape(-1, meta["row_length"])
+    if max(chosen) >= len(problems):
+        raise ValueError(f"there are {len(problems)} test problems: 0 to {len(problems) - 1}")
+    return torch.from_numpy(problems[list(chosen)].astype(np.int64))
+
+
+def main():
+    values, _ = parse_flags(__doc__, Flags, Options)
+    flags = from_values(Flags, values)
+    options = asdict(from_values(Options, values))
+    tables = [sample(path, flags, options) for path in flags.ckpt]
+    if flags.plot:
+        plot(dict(tables), flags.plot, "network passes", "quality")
 
 
 if __name__ == "__main__":
