@@ -531,7 +531,7 @@ class Flags:
 def make_watcher(decode, color):
     """A function for generate(watch=...): a line for every pass of the first row. Bright: new in
     this pass; red and struck: sent back by ARPC, or rejected. Without color: +new+, -sent back-.
-    A mask is `_`."""
+    A mask is `_`, a line's end ⏎, the end token ∎."""
     bright, red = ("\033[1;97m{}\033[0m", "\033[9;31m{}\033[0m") if color else ("+{}+", "-{}-")
 
     def watch(run, *blocks):
@@ -540,7 +540,7 @@ def make_watcher(decode, color):
         for old, new, proposed, sent_back in zip(*first_rows):
             token = proposed if sent_back else new
             is_mask = token == run.model.noise.mask
-            text = "_" if is_mask else decode([token]).replace("\n", "⏎")
+            text = "_" if is_mask else decode([token]).replace("\n", "⏎").replace(END, "∎")
             style = red if sent_back else bright if token != old else "{}"
             words.append(style.format(text))
         print(f"{run.nfe:4} {run.begin:4} | {''.join(words)}", flush=True)
