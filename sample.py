@@ -88,9 +88,9 @@ def generate(model, n, length, *, given=None, stop=None, first_row=0, watch=None
     check_request(model, n, length, given, o)
     began = time.time()
     run = Run(model, o, given.to(model.head.bias.device), stop, first_row, watch)
-    block_size = 1 if o.sampler == "ar" else o.block_size
     while not run.decided.all():
-        n_tokens = min(1 if run.begin < o.ar_tokens else block_size, length - run.begin)
+        n_tokens = 1 if run.begin < o.ar_tokens else run.block_size
+        n_tokens = min(n_tokens, length - run.begin)
         run.end = run.begin + n_tokens
         if n_tokens == 1 and run.free().any():
             fill_by_steps(run, steps=1)  # one step for one token: the AR side
@@ -119,6 +119,7 @@ class Run:
     def __init__(self, model, options, given, stop, first_row, watch):
         n, length = given.shape
         self.model, self.options = model, options
+        self.block_size = 1 if options.sampler == "ar" else options.block_size
         self.cache = model.new_cache(n, length)
         self.given = given >= 0  # (N, L)
         self.decided = self.given.clone()  # (N, L) given or written
@@ -155,7 +156,7 @@ class Run:
         """Logits of the block xt (N, n). The same pass commits what stands before the block."""
         self.nfe += 1
         commit = self.tokens[:, self.cache.length : self.begin]
-        return self.model.denoise(xt, self.cache, commit, self.options.block_size)
+        return self.model.denoise(xt, self.cache, commit, self.block_size)
 
     def verify(self, x, step):
         """AR logits of the block of proposed tokens x (N, n)."""
@@ -361,10 +362,10 @@ def fill_by_draft(run, steps):
     kept = accepted.bool() | rejected
     run.accepted += (accepted.bool() & free).sum()
     run.rounds += free.any(1).sum()
-    run.watch(run, xt, x, x, ~kept)
+    run.watch(run, xt, x, x, ~kept & free)
     run.keep(x, kept)
-    # The verifying pass wrote the keys of what every row accepted. At least one token is left to the
-    # next pass, which needs its state.
+    # The verifying pass wrote the keys of what every row accepted. At least one token is left to
+    # the next pass, which needs its state.
     run.cache.length += min(int(n_accepted.min()), free.shape[1] - 1)
 
 

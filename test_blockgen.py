@@ -2989,8 +2989,9 @@ def test_parts_and_processes_change_nothing(data_dir, tmp_path, flags):
     """Four parts a step, or two processes under torchrun, do what one process does at once.
 
     A gradient is a sum in another order, which differs by 1e-6 of the largest. AdamW divides each
-    by its own size: of the smallest, that makes 1e-4 of a step. The bounds have room for a factor of
-    80. (Muon in bfloat16 made it 3e-2 of a step on another CPU.) An error moves weights by steps."""
+    by its own size: of the smallest, that makes 1e-4 of a step. The bounds have room for a factor
+    of 80. (Muon in bfloat16 made it 3e-2 of a step on another CPU.) An error moves weights by
+    steps."""
     flags += " --max_iters=2 --dropout=0 --grad_clip=0"  # a clipped gradient hides its scale
     flags += " --optimizer=adamw --learning_rate=1e-3 --warmup_iters=0"
     one = run_training(data_dir, tmp_path / "one", flags)
@@ -3697,8 +3698,8 @@ def published_mask(L, S, token_causal):
 
 
 def published_forward(w, x0, xt, S, token_causal):
-    """Logits (N, L, K) of the noisy half, by the network as its layout describes it, unfolded: adaLN
-    at every layer. It has nothing in common with blockgen.py."""
+    """Logits (N, L, K) of the noisy half, by the network as its layout describes it, unfolded:
+    adaLN at every layer. It has nothing in common with blockgen.py."""
     heads, L = PUBLISHED["n_heads"], x0.shape[1]
     mask = published_mask(L, S, token_causal)
 
