@@ -508,7 +508,7 @@ class Flags:
     ckpt: tuple = ("out/ckpt.pt",)  # checkpoints: one, or for a table several
     num_samples: int = 1  # how many samples, at least 1
     batch_size: int = 32  # how many of them at a time, at least 1
-    length: int = 0  # tokens a sample, prompt included, at least 0; 0: as many as can be
+    length: int = 0  # tokens of a text, at least 0, at most 1e9; 0: as many as can be
     prompt: tuple = ()  # what a text begins with; several take turns
     template: str = ""  # a text with holes: k > 1 underscores are k tokens
     problem: int = -1  # solve this test problem of the checkpoint's dataset; at least -1: none
@@ -558,7 +558,7 @@ def read_given(flags, encode, start, longest):
             texts[0] += [-1] * len(part) if part.startswith("__") else encode(part)
     texts = [start + text for text in texts]
     length = flags.length or (len(texts[0]) if flags.template else longest)
-    given = torch.full((flags.num_samples, length), -1)
+    given = torch.full((max(flags.num_samples, len(texts)), length), -1)
     for i, text in enumerate(texts):
         if len(text) > length:
             raise ValueError(f"the prompt has {len(text)} tokens, more than the {length} to write")
@@ -634,7 +634,7 @@ def main():
     options = asdict(from_values(Options, values))
     tables = [sample(path, flags, options) for path in flags.ckpt]
     if flags.plot:
-        plot(dict(tables), flags.plot, "network passes", "quality")
+        plot(dict(tables), flags.plot, "network passes", "share that is right")
 
 
 if __name__ == "__main__":
