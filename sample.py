@@ -77,9 +77,9 @@ class Options:
 def generate(model, n, length, *, given=None, stop=None, first_row=0, watch=None, **options):
     """n sequences of `length` tokens by the sampler of the options: (tokens (n, length), stats).
 
-    given (n, length): tokens that stand already, -1 where free; anywhere, others in every row.
-    They are never noised. stop: a token that ends a row; the row is filled up with it. Rows count
-    from first_row in the key of the random numbers. watch: called after every pass.
+    given (n, length): tokens that stand already, -1 where free; anywhere, and different in each
+    row. They are never noised. stop: a token that ends a row; the row is filled up with it. Rows
+    count from first_row in the key of the random numbers. watch: called after every pass.
     stats: nfe (network passes), tokens (written), passes_per_token, seconds, tokens_per_second,
     renoised (by ARPC), accepted_length (drafted tokens that a row keeps in a speculative round).
     Raises ValueError."""
@@ -214,7 +214,7 @@ class Run:
             tokens=written,
             passes_per_token=self.nfe * len(tokens) / max(1, written),
             seconds=seconds,
-            tokens_per_second=written / seconds,
+            tokens_per_second=written / max(seconds, 1e-9),
         )
         if self.options.sampler == "arpc":
             stats["renoised"] = int(self.renoised)

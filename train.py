@@ -392,6 +392,7 @@ def start(args, config):
         restore(run)
     run.log = open_log(os.path.join(args.out_dir, "log.jsonl"), args.resume, run.main)
     if args.compile == "True" or args.compile == "auto" and use_triton(run.device):
+        torch._dynamo.config.suppress_errors = True  # a failing compiler costs speed, not the run
         for block in run.model.blocks:
             block.compile()
     for name in (signal.SIGINT, signal.SIGTERM):
