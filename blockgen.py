@@ -369,7 +369,8 @@ class BlockGen(Transformer):
         u (N, L) uniform numbers. Tokens that are given (N, L) are neither noised nor scored. A
         block of one token gets pure noise and plain cross-entropy, the exact AR likelihood (a bound
         on it under ar="paper" with uniform noise, over which it is an average). Under ar="shift"
-        the other tokens have both sides, and ar_weight is the share of the AR side. objective: "nelbo"; or "ce", without its weights, for masked noise."""
+        the other tokens have both sides, and ar_weight is the share of the AR side. objective:
+        "nelbo"; or "ce", without its weights, for masked noise."""
         single = is_single(block_size, x0.shape[1])
         given = torch.zeros_like(single) if given is None else given
         alpha, dalpha = SCHEDULES[self.config.schedule](t)
