@@ -280,20 +280,20 @@ def arpc_score(run, x, xt, logits, step):
     certainty."""
     criterion, mask = run.options.criterion, run.model.noise.mask
     temperature = max(run.options.temperature, 1e-6)
-    revealed = torch.zeros_like(x, dtype=torch.bool) if mask is None else xt != mask
-    diffusion = (logits.float() / temperature).log_softmax(-1)  # (N, n, V)
     if criterion == "random":
         return run.random(ACCEPT, step + 1)
-    if criterion == "diffusion_entropy":
-        return entropy(diffusion).masked_fill(revealed, 0)
-    if criterion in ("diffusion_confidence", "diffusion_margin"):
-        top = diffusion.exp().topk(2, -1).values  # (N, n, 2)
-        likeliest, second = top.unbind(-1)
-        score = second - likeliest if criterion == "diffusion_margin" else -likeliest
-        return score.masked_fill(revealed, -1)
-    ar_logits = run.verify(x, step).float() / temperature
-    ar = ar_logits.log_softmax(-1)  # (N, n, V)
-    nll = -pick(ar, x)
+    if criterion in AR_CRITERIA:
+        ar_logits = run.verify(x, step).float() / temperature
+        ar = ar_logits.log_softmax(-1)  # (N, n, V)
+        nll = -pick(ar, x)
+    if criterion == "ar_nll":
+        return nll
+    if criterion == "ar_gap":
+        return ar.amax(-1) + nll
+    if criterion == "ar_entropy":
+        return entropy(ar)
+    revealed = torch.zeros_like(x, dtype=torch.bool) if mask is None else xt != mask
+    diffusion = (logits.float() / temperature).log_softmax(-1)  # (N, n, V)
     if criterion == "kld":
         return torch.where(revealed, nll, divergence(ar, diffusion))
     if criterion == "reverse_kld":
@@ -302,9 +302,12 @@ def arpc_score(run, x, xt, logits, step):
         difference = ar.exp() - diffusion.exp()
         distance = difference.abs().sum(-1) / 2
         return torch.where(revealed, 1 - (-nll).exp(), distance)
-    if criterion == "ar_gap":
-        return ar.amax(-1) + nll
-    return nll if criterion == "ar_nll" else entropy(ar)
+    if criterion == "diffusion_entropy":
+        return entropy(diffusion).masked_fill(revealed, 0)
+    top = diffusion.exp().topk(2, -1).values  # (N, n, 2)
+    likeliest, second = top.unbind(-1)
+    score = second - likeliest if criterion == "diffusion_margin" else -likeliest
+    return score.masked_fill(revealed, -1)
 
 
 def divergence(logp, logq):

@@ -492,15 +492,15 @@ def evaluate(model, data, meta, block_size, n_seqs, draws=1, batch_size=16, seed
     chosen = torch.linspace(0, len(data) - 1, n_seqs).long()
     result = torch.empty(draws, n_seqs, dtype=torch.float64)
     lengths = torch.empty(n_seqs)
-    for draw in range(draws):
-        for rows in torch.arange(n_seqs).split(batch_size):
-            x0, given = read_rows(data, chosen[rows], meta)
-            sizes = torch.full((len(rows),), block_size)
+    for rows in torch.arange(n_seqs).split(batch_size):
+        x0, given = read_rows(data, chosen[rows], meta)
+        lengths[rows] = (~given).sum(1).float()
+        sizes = torch.full((len(rows),), block_size)
+        for draw in range(draws):
             noise = draw_noise((seed, draw), rows, rows / n_seqs, sizes, x0.shape[1], t_min=1e-6)
             batch = (x.to(model.head.bias.device) for x in (x0, sizes, *noise, given))
             losses = model.token_losses(*batch).cpu()
             result[draw, rows] = mean_over_tokens(losses, given).double()
-            lengths[rows] = (~given).sum(1).float()
     return result, lengths
 
 
