@@ -1,26 +1,25 @@
 """Block-causal attention, from one rule: query i sees keys [0, prefix_i) and keys [start_i, end_i).
 
 `View` states the rule, its makers cover training, generation and verification. `block_attention`
-computes it: on a CPU in PyTorch, each chunk of queries against just the keys that it sees; on an
-NVIDIA GPU (Ampere or newer) by three Triton kernels after FlashAttention-2 (Dao 2023, arXiv
+computes it: on a CPU in PyTorch, each tile of queries against just the key tiles that it sees; on
+an NVIDIA GPU (Ampere or newer) by Triton kernels after FlashAttention-2 (Dao 2023, arXiv
 2307.08691), which skip the tiles that nobody sees and mask only the tiles that need it. The rule
 is data, not code: one compiled kernel serves every block size and every mode.
 
 On a GPU, products of float32 numbers use TF32, as do those of the other layers under
 torch.set_float32_matmul_precision("high").
 
-    python kernels.py           # benchmark: medians of interleaved calls
+    python kernels.py           # benchmark: medians
 """
 
 import functools
 import math
-import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 try:
     import triton
@@ -56,11 +55,6 @@ class View:
         start = self.start[..., None]
         end = self.end[..., None]
         return sees(prefix, start, end, key)
-
-    def bounds(self):
-        """(R, Q, 3): prefix, start, end. R is 1, or N where the rows of a batch differ."""
-        stacked = torch.stack([self.prefix, self.start, self.end], -1)
-        return stacked.view(-1, *stacked.shape[-2:])
 
     def plan(self, key, make):
         """make(), remembered under `key`: all layers of a pass share what follows from the view."""
@@ -132,133 +126,66 @@ def attention_naive(q, k, v, view):
     """block_attention by the whole matrix of scores: slow, and right."""
     seen = view.dense(k.shape[2]).unsqueeze(-3)  # (1, Q, T) or (N, 1, Q, T): alike for every head
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (N, H, Q, T)
-    weights = scores.masked_fill(~seen, UNSEEN).softmax(-1)
+    weights = scores.masked_fill(~seen, -1e30).softmax(-1)
     return (weights * seen) @ v  # (N, H, Q, D); zeros for a query that sees nothing
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention in PyTorch, a chunk of queries at a time
-
-CHUNK = 64  # queries a chunk, at least
-UNSEEN = -1e30  # the score of a key that is not seen; finite, for infinities lead to NaN
+# Attention in PyTorch, a tile of queries at a time
 
 
-def score_mask(seen, unseen, dtype=torch.float32):
-    """Booleans (..., Q, T) as what to add to the scores, (R, 1, Q, T); None if all is seen."""
-    if seen.all():
-        return None
-    mask = torch.where(seen, 0.0, unseen).to(dtype)
-    return mask.view(-1, 1, *seen.shape[-2:])
+def tile_states(seen, tile):
+    """Who sees whom (R, Q, T), in tiles (R, QT, KT): 0 where no query of a tile sees any key of
+    another, 2 where all see all, 1 otherwise. The last tiles are filled up with what is not seen.
+    """
+    n_queries, n_keys = seen.shape[1:]
+    seen = F.pad(seen, (0, -n_keys % tile, 0, -n_queries % tile))
+    tiles = seen.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))  # (R, QT, tile, KT, tile)
+    return tiles.any(4).any(2).int() + tiles.all(4).all(2)
 
 
-def key_range(start, end):
-    """What queries see that see keys [start_i, end_i), both (R, Q): the slice of the keys between
-    the first start and the last end, and its mask. None if no query sees anything."""
-    first = int(start.min())
-    last = max(first, int(end.max()))
-    key = torch.arange(first, last, device=start.device)
-    seen = (start[..., None] <= key) & (key < end[..., None])  # (R, Q, last - first)
-    if not seen.any():
-        return None
-    return slice(first, last), score_mask(seen, UNSEEN)
+def join(pieces, chosen):
+    """The chosen pieces (..., T, D) behind one another."""
+    pieces = [pieces[i] for i in chosen]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
 
-def make_chunks(view):
-    """For each chunk of queries, its key ranges: the prefixes, and the ranges [start_i, end_i)."""
-    bounds = view.bounds()
-    chunks = []
-    for chunk in bounds.chunk(min(16, bounds.shape[1] // CHUNK), 1):
-        prefix, start, end = chunk.unbind(-1)  # (R, chunk) each
-        prefixes = key_range(torch.zeros_like(prefix), prefix)
-        others = key_range(torch.maximum(start, prefix), end)
-        chunks.append([r for r in (prefixes, others) if r])
-    return chunks
+def make_masks(view, q):
+    """How attention_torch goes about queries like q: how many keys it needs, the size of its tiles,
+    and for each tile of queries the key tiles that it sees, with the mask of the scores there.
 
-
-class ChunkedAttention(torch.autograd.Function):
-    """Each chunk of queries attends to its key ranges one by one. The results are merged by their
-    log-sum-exp, as FlashAttention merges tiles. Backward needs no merging: given the merged output
-    and log-sum-exp, each range yields its share of the gradients."""
-
-    # what SDPA calls on a CPU, by its internal name: the public one keeps the log-sum-exp to itself
-    sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    sdpa_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-    @staticmethod
-    def forward(ctx, q, k, v, chunks):
-        o = torch.zeros_like(q)
-        lse = q.new_full(q.shape[:3], UNSEEN, dtype=torch.promote_types(q.dtype, torch.float32))
-        split = [x.chunk(len(chunks), 2) for x in (q, o, lse)]
-        for q_chunk, o_chunk, lse_chunk, ranges in zip(*split, chunks):
-            for keys, mask in ranges:
-                k_range = k[:, :, keys]
-                v_range = v[:, :, keys]
-                part, part_lse = ChunkedAttention.sdpa(q_chunk, k_range, v_range, attn_mask=mask)
-                weight = torch.sigmoid(part_lse - lse_chunk).to(part.dtype)
-                o_chunk.lerp_(part, weight[..., None])
-                lse_chunk.copy_(torch.logaddexp(lse_chunk, part_lse))
-        nothing = lse < UNSEEN / 2
-        if nothing.any():
-            o[nothing] = 0
-            lse[nothing] = math.inf  # backward: exp(score - inf) = 0
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.chunks = chunks
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        q, k, v, o, lse = ctx.saved_tensors
-        dq = torch.zeros_like(q)
-        dk = torch.zeros_like(k)
-        dv = torch.zeros_like(v)
-        split = [x.chunk(len(ctx.chunks), 2) for x in (do, q, o, lse, dq)]
-        for do_chunk, q_chunk, o_chunk, lse_chunk, dq_chunk, ranges in zip(*split, ctx.chunks):
-            for keys, mask in ranges:
-                k_range = k[:, :, keys]
-                v_range = v[:, :, keys]
-                inputs = do_chunk, q_chunk, k_range, v_range, o_chunk, lse_chunk
-                parts = ChunkedAttention.sdpa_backward(*inputs, 0.0, False, attn_mask=mask)
-                dq_chunk += parts[0]
-                dk[:, :, keys] += parts[1]
-                dv[:, :, keys] += parts[2]
-        return dq, dk, dv, None
-
-
-def make_mask(view, q):
-    """(number of keys that anyone sees, their mask)."""
-    n_keys = int(torch.maximum(view.prefix, view.end).max())
-    mask = score_mask(view.dense(n_keys), -math.inf, q.dtype)
-    return n_keys, mask if mask is None else mask.to(q.device)
+    Few queries are fastest as one tile. So is everything on a GPU that the kernels do not serve, at
+    the price of the whole matrix of scores."""
+    n_queries = q.shape[2]
+    n_keys = max(1, int(torch.maximum(view.prefix, view.end).max()))
+    in_tiles = n_queries > 128 and q.device.type == "cpu"
+    tile = 64 if in_tiles else max(n_queries, n_keys)
+    seen = view.dense(n_keys).view(-1, n_queries, n_keys)
+    masks = []
+    for states, rows in zip(tile_states(seen, tile).amax(0), seen.split(tile, 1)):
+        tiles = states.nonzero()[:, 0].tolist() or [0]
+        seen_there = join(rows.mT.split(tile, 1), tiles).mT  # (R, tile, keys)
+        mask = torch.where(seen_there, 0.0, -math.inf)[:, None].to(q.device, q.dtype)
+        masks.append((tiles, None if seen_there.all() else mask))
+    return n_keys, tile, masks
 
 
 def attention_torch(q, k, v, view):
-    """block_attention in PyTorch. Few queries are fastest under one mask; so is everything on a GPU
-    that the kernels do not serve, at the price of the whole matrix of scores."""
-    if q.shape[2] > 2 * CHUNK and q.device.type == "cpu":
-        chunks = view.plan("chunks", lambda: make_chunks(view))
-        return ChunkedAttention.apply(q, k, v, chunks)
-    n_keys, mask = view.plan((q.dtype, q.device), lambda: make_mask(view, q))
-    k = k[:, :, :n_keys]
-    v = v[:, :, :n_keys]
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    """block_attention in PyTorch: each tile of queries attends to the key tiles that it sees."""
+    key = q.shape[2], q.dtype, q.device
+    n_keys, tile, masks = view.plan(key, lambda: make_masks(view, q))
+    k_tiles = k[:, :, :n_keys].split(tile, 2)
+    v_tiles = v[:, :, :n_keys].split(tile, 2)
+    outputs = []
+    for q_tile, (tiles, mask) in zip(q.split(tile, 2), masks):
+        keys = join(k_tiles, tiles)
+        values = join(v_tiles, tiles)
+        outputs.append(F.scaled_dot_product_attention(q_tile, keys, values, mask))
+    return join(outputs, range(len(outputs)))
 
 
 # --------------------------------------------------------------------------------------------------
 # Attention in Triton, a tile of queries against a tile of keys at a time
-
-
-def tile_states(bounds, n_keys, tile):
-    """Bounds (R, QT * tile, 3) -> (R, QT, KT): 0 where no query of a tile sees a key of another,
-    2 where each sees all, 1 otherwise."""
-    bounds = bounds.unflatten(1, (-1, tile))[..., None]
-    prefix, start, end = bounds.unbind(3)  # (R, QT, tile, 1) each
-    first = torch.arange(0, n_keys, tile, device=bounds.device)  # (KT,)
-    last = first + tile
-    touched = (first < end) & (start < last) & (start < end)  # (R, QT, tile, KT)
-    covered = (start <= first) & (last <= end)
-    some = touched | (first < prefix)
-    whole = covered | (last <= prefix)
-    return some.any(2).int() + whole.all(2)
 
 
 def tile_lists(states):
@@ -273,12 +200,12 @@ def tile_lists(states):
 def make_tables(view, n_keys, tile, device):
     """What the kernels know of a view: its bounds (R, QT * tile, 3), of which the last are repeated
     to fill a tile; the lists of key tiles for each tile of queries; and the reverse. All int32."""
-    bounds = view.bounds()
-    n_queries = bounds.shape[1]
-    query = torch.arange(n_queries + -n_queries % tile, device=bounds.device)
-    bounds = bounds[:, query.clamp(max=n_queries - 1)].int()
-    states = tile_states(bounds, n_keys, tile)
-    tables = bounds, tile_lists(states), tile_lists(states.mT)
+    bounds = torch.stack([view.prefix, view.start, view.end], -1)
+    n_queries = bounds.shape[-2]
+    bounds = bounds.view(-1, n_queries, 3).int()
+    padding = bounds[:, -1:].expand(-1, -n_queries % tile, -1)
+    states = tile_states(view.dense(n_keys).view(-1, n_queries, n_keys), tile)
+    tables = torch.cat([bounds, padding], 1), tile_lists(states), tile_lists(states.mT)
     return [table.to(device, non_blocking=True) for table in tables]
 
 
@@ -557,60 +484,31 @@ def flex(view, n_keys):
     return functools.partial(torch.compile(flex_attention), block_mask=mask)
 
 
-def measure(attend, inputs):
-    """Seconds of one call, with its backward where the inputs want gradients."""
-    synchronize = torch.get_device_module(inputs[0].device).synchronize
-    synchronize()
-    begin = time.perf_counter()
-    o = attend(*inputs)
-    if o.requires_grad:
-        torch.autograd.grad(o.sum(), inputs)
-    synchronize()
-    return time.perf_counter() - begin
-
-
-def compare(title, make_view, inputs):
-    """Print the medians of interleaved calls. block_attention makes its view anew in each."""
-    view = make_view()
-    n_keys = inputs[1].shape[2]
-    mask = view.dense(n_keys)
-    sdpa = F.scaled_dot_product_attention
-    rivals = {
-        "block_attention": lambda q, k, v: block_attention(q, k, v, make_view()),
-        "SDPA, dense mask": lambda q, k, v: sdpa(q, k, v, mask),
-    }
-    if mask.is_cuda:
-        rivals["flex_attention"] = flex(view, n_keys)
-    times = {name: [] for name in rivals}
-    for _ in range(51 if mask.is_cuda else 7):
-        for name, attend in rivals.items():
-            times[name].append(measure(attend, inputs))
-    print(f"\n{title}")
-    ours = statistics.median(times["block_attention"])
-    for name, attend in rivals.items():
-        seconds = statistics.median(times[name])
-        line = f"  {name:18}{1e3 * seconds:9.2f} ms{seconds / ours:7.2f}"
-        if mask.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            measure(attend, inputs)
-            line += f"{torch.cuda.max_memory_allocated() / 2**20:10.0f} MiB"
-        print(line)
-
-
 def benchmark(device, dtype):
-    make = functools.partial(torch.randn, device=device, dtype=dtype)
+    """Forward and backward of a training step's attention, against PyTorch's own."""
     for N, H, L in ((8, 6, 1024), (8, 6, 256), (64, 6, 32)):
-        inputs = [make(N, H, 2 * L, 64, requires_grad=True) for _ in range(3)]
-        make_view = functools.partial(train_view, L, 16, device=device)
-        compare(f"training, N {N}, H {H}, L {L}, S 16", make_view, inputs)
-    q = make(1, 12, 16, 64)
-    k = make(1, 12, 1024, 64)
-    make_view = functools.partial(denoise_view, 1008, 0, 16, device=device)
-    compare("cached, N 1, H 12, 1008 keys, S 16", make_view, (q, k, k))
+        shape = N, H, 2 * L, 64
+        make = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+        q, k, v = make(shape), make(shape), make(shape)
+        view = train_view(L, 16, device=device)
+        mask = view.dense(2 * L)
+        rivals = {
+            "block_attention": functools.partial(block_attention, view=view),
+            "SDPA, dense mask": functools.partial(F.scaled_dot_product_attention, attn_mask=mask),
+        }
+        if device == "cuda":
+            rivals["flex_attention"] = flex(view, 2 * L)
+        print(f"N {N}, {H} heads of 64, L {L}, S 16")
+        for name, attend in rivals.items():
+            step = "torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))"
+            names = dict(torch=torch, attend=attend, q=q, k=k, v=v)
+            timer = Timer(step, globals=names, num_threads=torch.get_num_threads())
+            time = timer.blocked_autorange(min_run_time=2).median
+            print(f"  {name:18}{1e3 * time:9.2f} ms")
 
 
 if __name__ == "__main__":
     if torch.cuda.is_available():
-        benchmark(torch.device("cuda"), torch.bfloat16)
+        benchmark("cuda", torch.bfloat16)
     else:
-        benchmark(torch.device("cpu"), torch.float32)
+        benchmark("cpu", torch.float32)

@@ -1822,8 +1822,8 @@ def test_generation_views_are_their_definitions():
 
 def test_generation_makes_its_views_and_masks_once(monkeypatch):
     made = []
-    make_mask = kernels.make_mask
-    monkeypatch.setattr(kernels, "make_mask", lambda *a: made.append(a) or make_mask(*a))
+    make_masks = kernels.make_masks
+    monkeypatch.setattr(kernels, "make_masks", lambda *a: made.append(a) or make_masks(*a))
     kernels.denoise_view.cache_clear()
     q, k, v = random_inputs(1, 1, 16, 200, 8)
     for _ in range(16):
@@ -1979,7 +1979,7 @@ def tiles_of(mask, tile):
     for queries in mask.split(tile, 0):
         for part in queries.split(tile, 1):
             some.append(bool(part.any()))
-            whole.append(part.shape[1] == tile and bool(part.all()))
+            whole.append(part.shape == (tile, tile) and bool(part.all()))
     shape = -1, math.ceil(mask.shape[1] / tile)
     return torch.tensor(some).view(shape), torch.tensor(whole).view(shape)
 
