@@ -241,12 +241,6 @@ if triton is not None:
         return (key < prefix) | ((start <= key) & (key < end))
 
     @triton.jit
-    def last_seen(BOUNDS, query):
-        """One more than the last key that any of these queries sees: what is behind may be NaN."""
-        at = BOUNDS + query * 3
-        return tl.max(tl.maximum(tl.load(at), tl.load(at + 2)), 0)
-
-    @triton.jit
     def find_work(BOUNDS, LISTS, n_queries, n_others, n_views, TILE):
         """What a program (tile, head, row) works on: its own positions, its list of other tiles,
         the bounds of its row, its head among all N * H, where the head's numbers begin in LSE."""
@@ -274,7 +268,6 @@ if triton is not None:
         query, LISTS, BOUNDS, head, at_lse = work
         K += head * n_keys * D
         V += head * n_keys * D
-        n_seen = last_seen(BOUNDS, query)
         q = load_rows(Q + head * n_queries * D, query, n_queries, D, BLOCK_D)
         top = tl.full([TILE], -1e30, tl.float32)  # running maximum
         total = tl.zeros([TILE], tl.float32)  # running sum of 2^(score - top)
@@ -284,8 +277,8 @@ if triton is not None:
             stop = tl.load(LISTS + masked)
             for i in range(begin, stop):
                 key = tl.load(LISTS + 2 + i) * TILE + tl.arange(0, TILE)
-                k = load_rows(K, key, n_seen, D, BLOCK_D)
-                v = load_rows(V, key, n_seen, D, BLOCK_D)
+                k = load_rows(K, key, n_keys, D, BLOCK_D)
+                v = load_rows(V, key, n_keys, D, BLOCK_D)
                 score = tl.dot(q, tl.trans(k)) * scale
                 if masked:
                     seen = visible(BOUNDS, query, key)
@@ -305,69 +298,45 @@ if triton is not None:
 
     @triton.jit
     def backward_kernel(
-        Q, K, V, BOUNDS, O, LSE, DO, DELTA, DQ, DK, DV, LISTS,
+        Q, K, V, BOUNDS, LSE, DELTA, DO, DQ, DK, DV, LISTS,
         scale, n_queries, n_keys, n_views,
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
         TILE: tl.constexpr,
-        BY_KEY: tl.constexpr,
     ):
-        """dq of one tile of queries, by forward's walk; also delta = do . o, for the next launch.
-        BY_KEY: dk and dv of one tile of keys, by a walk over the tiles of queries that see it."""
-        n_others = n_queries if BY_KEY else n_keys
-        work = find_work(BOUNDS, LISTS, n_queries, n_others, n_views, TILE)
-        own, LISTS, BOUNDS, head, at_lse = work
+        """dk and dv of one tile of keys, by a walk over the tiles of queries that see it; each adds
+        to its dq what comes from this tile."""
+        work = find_work(BOUNDS, LISTS, n_queries, n_queries, n_views, TILE)
+        key, LISTS, BOUNDS, head, at_lse = work
         at_query = head * n_queries * D
         at_key = head * n_keys * D
-        if BY_KEY:
-            key = own
-            k = load_rows(K + at_key, key, n_keys, D, BLOCK_D)
-            v = load_rows(V + at_key, key, n_keys, D, BLOCK_D)
-            dk = tl.zeros([TILE, BLOCK_D], tl.float32)
-            dv = tl.zeros([TILE, BLOCK_D], tl.float32)
-        else:
-            query = own
-            n_seen = last_seen(BOUNDS, query)
-            q = load_rows(Q + at_query, query, n_queries, D, BLOCK_D)
-            do = load_rows(DO + at_query, query, n_queries, D, BLOCK_D)
-            o = load_rows(O + at_query, query, n_queries, D, BLOCK_D)
-            lse = tl.load(LSE + at_lse + query)
-            delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-            tl.store(DELTA + at_lse + query, delta)
-            dq = tl.zeros([TILE, BLOCK_D], tl.float32)
+        k = load_rows(K + at_key, key, n_keys, D, BLOCK_D)
+        v = load_rows(V + at_key, key, n_keys, D, BLOCK_D)
+        dk = tl.zeros([TILE, BLOCK_D], tl.float32)
+        dv = tl.zeros([TILE, BLOCK_D], tl.float32)
         begin = 0
         for masked in tl.static_range(2):
             stop = tl.load(LISTS + masked)
             for i in range(begin, stop):
-                other = tl.load(LISTS + 2 + i) * TILE + tl.arange(0, TILE)
-                if BY_KEY:
-                    query = other
-                    q = load_rows(Q + at_query, query, n_queries, D, BLOCK_D)
-                    do = load_rows(DO + at_query, query, n_queries, D, BLOCK_D)
-                    lse = tl.load(LSE + at_lse + query)
-                    delta = tl.load(DELTA + at_lse + query)
-                else:
-                    key = other
-                    k = load_rows(K + at_key, key, n_seen, D, BLOCK_D)
-                    v = load_rows(V + at_key, key, n_seen, D, BLOCK_D)
+                query = tl.load(LISTS + 2 + i) * TILE + tl.arange(0, TILE)
+                q = load_rows(Q + at_query, query, n_queries, D, BLOCK_D)
+                do = load_rows(DO + at_query, query, n_queries, D, BLOCK_D)
+                lse = tl.load(LSE + at_lse + query)
+                delta = tl.load(DELTA + at_lse + query)
                 p = tl.exp2(tl.dot(q, tl.trans(k)) * scale - lse[:, None])
-                ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])  # of the scores
                 if masked:
                     seen = visible(BOUNDS, query, key)
                     p = tl.where(seen, p, 0.0)
-                    ds = tl.where(seen, ds, 0.0)
-                if BY_KEY:
-                    dv += tl.dot(tl.trans(p.to(do.dtype)), do)
-                    dk += tl.dot(tl.trans(ds.to(q.dtype)), q)
-                else:
-                    dq += tl.dot(ds.to(k.dtype), k)
+                dv += tl.dot(tl.trans(p.to(do.dtype)), do)
+                ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])  # of the scores
+                ds *= scale * 0.6931471805599453  # ln 2, for scale holds log2(e)
+                dk += tl.dot(tl.trans(ds.to(q.dtype)), q)
+                dq = tl.dot(ds.to(k.dtype), k)
+                at, exists = place(DQ + at_query, query, n_queries, D, BLOCK_D)
+                tl.atomic_add(at, dq, mask=exists, sem="relaxed")
             begin = stop
-        rescale = scale * 0.6931471805599453  # ln 2, for scale holds log2(e)
-        if BY_KEY:
-            store_rows(DK + at_key, dk * rescale, key, n_keys, D, BLOCK_D)
-            store_rows(DV + at_key, dv, key, n_keys, D, BLOCK_D)
-        else:
-            store_rows(DQ + at_query, dq * rescale, query, n_queries, D, BLOCK_D)
+        store_rows(DK + at_key, dk, key, n_keys, D, BLOCK_D)
+        store_rows(DV + at_key, dv, key, n_keys, D, BLOCK_D)
 
     @triton.jit
     def probe_kernel(X):
@@ -379,13 +348,12 @@ def launch(head_size, itemsize, backward):
     """Launch options of a kernel: what fits in the 99 KB of shared memory of the smaller GPUs and
     in registers, from compute capability 8.0 to 12.0. TILE is the same forward and backward."""
     block = max(16, triton.next_power_of_2(head_size))  # tl.dot wants powers of 2 from 16 on
-    wide = block > 64
     return dict(
         D=head_size,
         BLOCK_D=block,
-        TILE=32 if itemsize > 2 and block > 32 else 64,
-        num_warps=8 if backward or wide else 4,
-        num_stages=1 if backward and wide else 2,
+        TILE=64 if itemsize == 2 else min(64, 2048 // block),
+        num_warps=8 if backward or block > 64 else 4,
+        num_stages=1 if backward else 2,
     )
 
 
@@ -403,25 +371,24 @@ class TritonAttention(torch.autograd.Function):
         sizes = scale, n_queries, n_keys, len(bounds)
         grid = by_query.shape[1], H, N
         forward_kernel[grid](q, k, v, bounds, o, lse, by_query, *sizes, **options)
-        ctx.save_for_backward(q, k, v, o, lse, bounds, by_query, by_key)
+        ctx.save_for_backward(q, k, v, o, lse, bounds, by_key)
         ctx.sizes = sizes
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse, bounds, by_query, by_key = ctx.saved_tensors
-        N, H, _, D = q.shape
+        q, k, v, o, lse, bounds, by_key = ctx.saved_tensors
+        N, H, n_queries, D = q.shape
         do = do.contiguous()
-        delta = torch.empty_like(lse)
-        dq = torch.empty_like(q)
+        delta = torch.zeros_like(lse)
+        delta[:, :, :n_queries] = (do.float() * o).sum(-1)
+        dq = torch.zeros_like(q, dtype=torch.float32)  # many tiles add to it
         dk = torch.empty_like(k)
         dv = torch.empty_like(v)
         options = launch(D, q.element_size(), backward=True)
-        inputs = q, k, v, bounds, o, lse, do, delta, dq, dk, dv
-        for lists, by_key in ((by_query, False), (by_key, True)):
-            grid = lists.shape[1], H, N
-            backward_kernel[grid](*inputs, lists, *ctx.sizes, **options, BY_KEY=by_key)
-        return dq, dk, dv, None
+        tensors = q, k, v, bounds, lse, delta, do, dq, dk, dv, by_key
+        backward_kernel[by_key.shape[1], H, N](*tensors, *ctx.sizes, **options)
+        return dq.to(q.dtype), dk, dv, None
 
 
 def attention_triton(q, k, v, view):
@@ -459,9 +426,8 @@ def block_attention(q, k, v, view):
     """Softmax attention under a view: query i sees keys [0, prefix_i) and [start_i, end_i).
 
     q (N, H, Q, D), k and v (N, H, T, D), view over Q queries -> (N, H, Q, D). Differentiable.
-    Scores are scaled by 1 / sqrt(D). A query that sees nothing yields zeros. Keys and values behind
-    the last that any query of any row sees may hold anything, even NaN; those before it must be
-    finite. The view may live on the CPU, whatever the device of q."""
+    Scores are scaled by 1 / sqrt(D). A query that sees nothing yields zeros. What nobody sees must
+    be finite, too. The view may live on the CPU, whatever the device of q."""
     if use_triton(q.device) and q.shape[-1] <= 128:
         return attention_triton(q, k, v, view)
     return attention_torch(q, k, v, view)

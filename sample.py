@@ -13,7 +13,6 @@ One loop over blocks, `generate`, serves all samplers: each is a function that f
 is drawn depends on seed, row, position and step alone. So a row does not depend on its batch, but
 for speculative decoding, where its law does not: there rows wait for the slowest one.
 """
-import json
 import os
 import re
 import sys
@@ -74,19 +73,17 @@ class Options:
 
 
 @torch.no_grad()
-def generate(model, n, length, *, given=None, stop=None, first_row=0, watch=None, **options):
+def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, **options):
     """n sequences of `length` tokens by the sampler of the options: (tokens (n, length), stats).
 
     given (n, length): tokens that stand already, -1 where free; anywhere, and different in each
     row. They are never noised. stop: a token that ends a row; the row is filled up with it. Rows
     count from first_row in the key of the random numbers. watch: called after every pass.
-    stats: nfe (network passes), tokens (written), passes_per_token, seconds, tokens_per_second,
-    renoised (by ARPC), accepted_length (drafted tokens that a row keeps in a speculative round).
-    Raises ValueError."""
+    stats: nfe (network passes), tokens (written), seconds, tokens_per_second. Raises ValueError."""
     o = Options(**options)
-    given = torch.full((n, length), -1) if given is None else given
-    check_request(model, n, length, given, o)
+    check_request(model, length, o)
     began = time.time()
+    given = torch.full((n, length), -1) if given is None else given
     run = Run(model, o, given.to(model.head.bias.device), stop, first_row, watch)
     while not run.decided.all():
         n_tokens = 1 if run.begin < o.ar_tokens else run.block_size
@@ -101,13 +98,11 @@ def generate(model, n, length, *, given=None, stop=None, first_row=0, watch=None
     return run.tokens_and_stats(time.time() - began)
 
 
-def check_request(model, n, length, given, o):
+def check_request(model, length, o):
     """Raises ValueError with a line for the user."""
     config = model.config
-    if n < 1 or not 1 <= length <= config.seq_len:
+    if not 1 <= length <= config.seq_len:
         raise ValueError(f"the model writes 1 to {config.seq_len} tokens a sample, not {length}")
-    if given.shape != (n, length) or given.max() >= config.vocab_size:
-        raise ValueError(f"given must be ({n}, {length}) tokens of the vocabulary, -1 where free")
     verifies = o.sampler == "arpc" and o.criterion in AR_CRITERIA or o.sampler == "speculative"
     if not config.token_causal and (verifies or o.ar_tokens):
         raise ValueError("this model's clean tokens are block-causal: its AR side has no cache")
@@ -124,11 +119,10 @@ class Run:
         self.given = given >= 0  # (N, L)
         self.decided = self.given.clone()  # (N, L) given or written
         self.tokens = given.clamp(min=0)  # (N, L), final where decided
-        self.stop = -1 if stop is None else stop
+        self.stop = stop
         self.rows = np.arange(first_row, first_row + n)[:, None]  # (N, 1)
         self.watch = watch or (lambda *_: None)
-        self.begin = self.end = 0
-        self.nfe = self.renoised = self.rounds = self.accepted = 0
+        self.begin = self.end = self.nfe = 0
 
     def free(self):
         """Where the block is not decided, (N, n)."""
@@ -209,18 +203,8 @@ class Run:
         behind = ends.cumsum(1) > ends  # behind the first end token
         tokens = self.tokens.masked_fill(behind, max(self.stop, 0))
         written = int((~self.given & ~behind).sum())
-        stats = dict(
-            nfe=self.nfe,
-            tokens=written,
-            passes_per_token=self.nfe * len(tokens) / max(1, written),
-            seconds=seconds,
-            tokens_per_second=written / max(seconds, 1e-9),
-        )
-        if self.options.sampler == "arpc":
-            stats["renoised"] = int(self.renoised)
-        if self.options.sampler == "speculative":
-            rounds = max(1, int(self.rounds))
-            stats["accepted_length"] = int(self.accepted) / rounds
+        stats = dict(nfe=self.nfe, tokens=written, seconds=seconds)
+        stats["tokens_per_second"] = written / max(seconds, 1e-9)
         return tokens, stats
 
 
@@ -254,12 +238,8 @@ def fill_by_steps(run, steps):
             score = arpc_score(run, x, xt, logits, k)
             sent_back = highest(score, free, count)
             x = torch.where(sent_back, run.prior(RENOISE, k + 1), x)
-            run.renoised += sent_back.sum()
         run.watch(run, xt, x, proposal, sent_back)
         xt = x
-        can_be_done = o.sampler != "arpc" and noise.mask is not None
-        if can_be_done and not (xt == noise.mask).any():
-            break  # all tokens are revealed: no further step would change anything
     run.keep(xt, free)
 
 
@@ -363,8 +343,6 @@ def fill_by_draft(run, steps):
     replacement = draw(excess.sum(1), u)  # (N,)
     x = torch.where(rejected, replacement[:, None], x)
     kept = accepted.bool() | rejected
-    run.accepted += (accepted.bool() & free).sum()
-    run.rounds += free.any(1).sum()
     run.watch(run, xt, x, x, ~kept & free)
     run.keep(x, kept)
     # The verifying pass wrote the keys of what every row accepted. At least one token is left to
@@ -393,10 +371,10 @@ GRID += [
 ]
 
 
-def in_batches(model, given, stop, batch_size, watch, options):
+def in_batches(model, given, stop, flags, options, watch=None):
     """generate() for all rows of given, some at a time: yields (tokens on the CPU, stats)."""
-    for first in range(0, len(given), batch_size):
-        part = given[first : first + batch_size]
+    for first in range(0, len(given), flags.batch_size):
+        part = given[first : first + flags.batch_size]
         options = dict(options, given=part, stop=stop, first_row=first, watch=watch)
         tokens, stats = generate(model, *part.shape, **options)
         yield tokens.cpu(), stats
@@ -406,12 +384,8 @@ def make_judge(meta, decode, train, problems):
     """A function: what share of sample i (a list of tokens) is right. Of a problem the answer; of a
     chain the transitions that it has; of a text the words that the training text has."""
     if problems is not None:
-
-        def right_answer(i, tokens):
-            reference = answer_of(problems[i], decode)
-            return is_right(answer_of(tokens, decode), reference)
-
-        return right_answer
+        answer = lambda tokens: decode(list(tokens)).split(END)[1]  # behind the question's end
+        return lambda i, tokens: is_right(answer(tokens), answer(problems[i]))
     if "transitions" in meta:
         possible = np.array(meta["transitions"]) > 0
         return lambda i, tokens: possible[tokens[:-1], tokens[1:]].mean()
@@ -424,56 +398,24 @@ def make_judge(meta, decode, train, problems):
     return known_words
 
 
-def answer_of(tokens, decode):
-    """The text between a row's first end token, which ends the question, and the next."""
-    return decode(list(tokens)).split(END)[1]
-
-
-def measure(model, given, stop, judge, batch_size, options):
-    """One row of the table, a dict: what the samples cost and what they are worth."""
-    processed = []
-
-    def count(module, inputs, output):
-        processed.append(inputs[0].numel())
-
-    hook = model.embedding.register_forward_hook(count)
-    batches = list(in_batches(model, given, stop, batch_size, None, options))
-    hook.remove()
-    tokens = torch.cat([tokens for tokens, _ in batches])
-    total = {}
-    for key in ("nfe", "tokens", "seconds"):
-        total[key] = sum(stats[key] for _, stats in batches)
-    quality = [judge(i, row) for i, row in enumerate(tokens.tolist())]
-    free = given < 0
-    written = tokens[free] if stop is None else tokens[free & (tokens != stop)]
-    frequency = torch.bincount(written).double() / len(written)
-    return dict(
-        passes=total["nfe"] / len(batches),
-        processed=sum(processed) / total["tokens"],
-        quality=np.mean(quality),
-        error=np.std(quality) / len(quality) ** 0.5,
-        entropy=float(torch.special.entr(frequency).sum()),
-        speed=total["tokens"] / total["seconds"],
-    )
-
-
-def print_table(model, given, stop, judge, batch_size, options):
-    """Every sampler of GRID: network passes a batch, tokens processed for each token written,
-    quality, entropy of the tokens (low after a collapse), tokens/s. Returns the lines of a plot."""
-    print("sampler                       passes processed   quality ± s.e.  nats tokens/s")
-    columns = "{passes:7.1f} {processed:9.1f} {quality:9.3f} {error:6.3f} {entropy:5.2f} "
-    columns += "{speed:8.0f}"
+def print_table(model, given, stop, judge, flags, options):
+    """For every sampler of GRID: network passes a batch, quality with its standard error, entropy
+    of the tokens (low after a collapse). Returns the lines of a plot."""
+    print("sampler                       passes   quality ± s.e.  nats")
     lines = {}
-    without_cache = ("ar", "ancestral", "confidence")  # what block-causal clean tokens allow
     for special in GRID:
-        if not model.config.token_causal and special["sampler"] not in without_cache:
-            continue
-        row = measure(model, given, stop, judge, batch_size, {**options, **special})
+        batches = list(in_batches(model, given, stop, flags, {**options, **special}))
+        tokens = torch.cat([tokens for tokens, _ in batches])
+        passes = np.mean([stats["nfe"] for _, stats in batches])
+        each = [judge(i, row) for i, row in enumerate(tokens.tolist())]
+        quality, error = np.mean(each), np.std(each) / len(each) ** 0.5
+        written = tokens[(given < 0) & (tokens != stop)]
+        frequency = torch.bincount(written) / len(written)
+        nats = torch.special.entr(frequency).sum()
         name = " ".join(map(str, special.values()))
-        print(f"{name:28}", columns.format(**row), flush=True)
-        label = name.rstrip("0123456789. ")
-        point = row["passes"], row["quality"], row["error"]
-        lines.setdefault(label, []).append(point)
+        print(f"{name:28} {passes:7.1f} {quality:9.3f} {error:6.3f} {nats:5.2f}", flush=True)
+        line = lines.setdefault(name.rstrip("0123456789. "), [])
+        line.append((passes, quality, error))
     return lines
 
 
@@ -481,13 +423,10 @@ def plot(panels, path, xlabel, ylabel):
     """A picture of panels {title: {label: points (x, y, error of y)}}, side by side. Raises
     ImportError."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (5.5 * len(panels), 4)
+    size = 5.5 * len(panels), 4
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for panel, (title, lines) in zip(axes[0], panels.items()):
         for label, points in lines.items():
@@ -495,11 +434,9 @@ def plot(panels, path, xlabel, ylabel):
             panel.errorbar(x, y, error, marker="o", capsize=2, label=label)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
-        panel.set(title=title, xlabel=xlabel)
+        panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
         panel.legend(fontsize=7)
-    axes[0][0].set_ylabel(ylabel)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -508,19 +445,17 @@ def plot(panels, path, xlabel, ylabel):
 
 @dataclass
 class Flags:
-    ckpt: tuple = ("out/ckpt.pt",)  # checkpoints: one, or for a table several
+    ckpt: tuple = ("out/ckpt.pt",)  # the checkpoint; for a table perhaps several
     num_samples: int = 1  # how many samples, at least 1
     batch_size: int = 32  # how many of them at a time, at least 1
     length: int = 0  # tokens of a text, at least 0, at most 1e9; 0: as many as can be
-    prompt: tuple = ()  # what a text begins with; several take turns
+    prompt: str = ""  # what a text begins with
     template: str = ""  # a text with holes: k > 1 underscores are k tokens
     problem: int = -1  # solve this test problem of the checkpoint's dataset; at least -1: none
-    stop: bool = True  # the vocabulary's end token ends a sample
     device: str = "auto"  # cpu, cuda, ...; auto: cuda where there is one
     watch: bool = False  # show every pass
     table: bool = False  # no text, but quality against passes for every sampler
     plot: str = ""  # with --table: a picture of it, PNG (needs matplotlib)
-    json: bool = False  # samples and statistics as JSON, one object a batch
 
     def __post_init__(self):
         check_settings(self)
@@ -528,8 +463,6 @@ class Flags:
             raise ValueError("put the --prompt into the --template")
         if self.plot and not self.table:
             raise ValueError("--plot goes with --table")
-        if self.watch and self.json:
-            raise ValueError("--watch and --json exclude each other")
 
 
 def make_watcher(decode, color):
@@ -554,31 +487,25 @@ def make_watcher(decode, color):
 
 def read_given(flags, encode, start, longest):
     """Given tokens (num_samples, length) of --prompt or --template, -1 where free."""
-    texts = [encode(prompt) for prompt in flags.prompt] or [[]]
-    if flags.template:
-        texts = [[]]
-        for part in re.split(r"(_{2,})", flags.template):
-            texts[0] += [-1] * len(part) if part.startswith("__") else encode(part)
-    texts = [start + text for text in texts]
-    length = flags.length or (len(texts[0]) if flags.template else longest)
-    given = torch.full((max(flags.num_samples, len(texts)), length), -1)
-    for i, text in enumerate(texts):
-        if len(text) > length:
-            raise ValueError(f"the prompt has {len(text)} tokens, more than the {length} to write")
-        given[i :: len(texts), : len(text)] = torch.tensor(text, dtype=torch.int64)
-    return given
+    parts = re.split(r"(_{2,})", flags.template) if flags.template else [flags.prompt]
+    text = list(start)
+    for part in parts:
+        is_hole = flags.template and part.startswith("__")
+        text += [-1] * len(part) if is_hole else encode(part)
+    length = flags.length or (len(text) if flags.template else longest)
+    if len(text) > length:
+        raise ValueError(f"the prompt has {len(text)} tokens, more than the {length} to write")
+    text += [-1] * (length - len(text))
+    return torch.tensor(text).repeat(flags.num_samples, 1)
 
 
-def print_samples(model, given, stop, show, flags, options, watch):
-    """Samples as text or as JSON. show: the text of a row of tokens."""
-    for tokens, stats in in_batches(model, given, stop, flags.batch_size, watch, options):
-        texts = [show(row) for row in tokens.tolist()]
-        if flags.json:
-            print(json.dumps({"samples": texts, **stats}))
-            continue
-        for text in texts:
-            print(text, "-" * 80, sep="\n")
-        print(", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
+def read_problems(rows, meta, flags):
+    """The problems, (N, L) tokens, of a table or of --problem. Raises ValueError."""
+    rows = rows.reshape(-1, meta["row_length"])
+    chosen = range(flags.num_samples) if flags.table else [flags.problem] * flags.num_samples
+    if max(chosen) >= len(rows):
+        raise ValueError(f"there are {len(rows)} test problems: 0 to {len(rows) - 1}")
+    return torch.from_numpy(rows[list(chosen)].astype(np.int64))
 
 
 def sample(path, flags, options):
@@ -586,49 +513,38 @@ def sample(path, flags, options):
     model, content = load_checkpoint(path, find_device(flags.device))
     tokenizer = content["meta"]["tokenizer"]
     encode, decode = load_tokenizer(tokenizer)
-    stop = tokenizer["end"] if flags.stop else None
+    stop = -1 if tokenizer["end"] is None else tokenizer["end"]
     start = [tokenizer["start"]] if "start" in tokenizer else []
-    given, problems = read_given(flags, encode, start, model.config.seq_len), None
+    given = read_given(flags, encode, start, model.config.seq_len)
+    problems = judge = None
     if flags.table or flags.problem >= 0:
-        train, val, meta = open_dataset(path, content["args"])
+        if not content["args"]:
+            raise ValueError(f"{path} was converted: it has no dataset to judge samples by")
+        folder = os.path.join(content["args"]["data_dir"], content["args"]["dataset"])
+        train, val, meta = open_data(folder)
         if "row_length" in meta:
-            chosen = [flags.problem] * flags.num_samples
-            if flags.table:
-                chosen = range(flags.num_samples)
-            problems = choose_problems(val, chosen, meta)
-            given = problems.where(is_question(problems, tokenizer["end"]), -1)
+            problems = read_problems(val, meta, flags)
+            given = problems.where(is_question(problems, stop), -1)
         judge = make_judge(meta, decode, train, problems)
     if flags.table:
         title = f"{path}, {model.config.noise} noise"
         print(f"\n{title}, {len(given)} samples")
-        return title, print_table(model, given, stop, judge, flags.batch_size, options)
+        return title, print_table(model, given, stop, judge, flags, options)
 
-    def show(tokens):
-        if problems is not None:
-            question, answer = decode(tokens).split(END)[:2]
-            verdict = "right" if judge(0, tokens) else "wrong"
-            return f"{question}\n{answer}= {solve(answer)}, {verdict}"
-        while tokens and tokens[-1] == stop:
-            tokens.pop()
-        return decode(tokens)
+    def show(i, tokens):
+        if problems is None:
+            while tokens and tokens[-1] == stop:
+                tokens.pop()
+            return decode(tokens)
+        question, answer = decode(tokens).split(END)[:2]
+        verdict = "right" if judge(i, tokens) else "wrong"
+        return f"{question}\n{answer}= {solve(answer)}, {verdict}"
 
     watch = make_watcher(decode, sys.stdout.isatty()) if flags.watch else None
-    print_samples(model, given, stop, show, flags, options, watch)
-
-
-def open_dataset(path, args):
-    """The dataset that a checkpoint was trained on. Raises ValueError if nobody knows it."""
-    if not args:
-        raise ValueError(f"{path} was converted: it has no dataset to judge samples by")
-    return open_data(os.path.join(args["data_dir"], args["dataset"]))
-
-
-def choose_problems(val, chosen, meta):
-    """The chosen problems, rows (N, L) of tokens. Raises ValueError if there are not so many."""
-    problems = val.reshape(-1, meta["row_length"])
-    if max(chosen) >= len(problems):
-        raise ValueError(f"there are {len(problems)} test problems: 0 to {len(problems) - 1}")
-    return torch.from_numpy(problems[list(chosen)].astype(np.int64))
+    for tokens, stats in in_batches(model, given, stop, flags, options, watch):
+        for i, row in enumerate(tokens.tolist()):
+            print(show(i, row), "-" * 80, sep="\n")
+        print(", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
 
 
 def main():

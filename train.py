@@ -6,13 +6,12 @@
     python train.py --block_sizes=128                    # full-sequence diffusion: MDLM, or with
                                                          # --noise=uniform Duo
     python train.py --preset=paper --dataset=openwebtext # 12 layers, 768 wide, L = 1024
-    torchrun --nproc_per_node=8 train.py ...             # the same run, faster
     python train.py --resume                             # go on from out/ckpt.pt, bit for bit
     python train.py --eval_only --eval_draws=8           # the likelihood of out/ckpt.pt
 
 Writes OUT_DIR/ckpt.pt (atomically) and OUT_DIR/log.jsonl. All randomness is a function of (seed,
-step, row): neither the number of processes or of parts (dropout aside) nor an interruption changes
-what is computed.
+step, row): neither the number of parts of a batch (dropout aside) nor an interruption changes what
+is computed.
 """
 import contextlib
 import copy
@@ -39,17 +38,15 @@ from prepare_data import (
     check_settings,
     from_values,
     is_question,
-    load_tokenizer,
     open_data,
     parse_flags,
     prepare,
     run_script,
 )
-from sample import generate, plot
+from sample import plot
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -66,12 +63,12 @@ class Settings:
     seed: int = 0  # of everything random, at least 0, at most 9e18
     # the objective
     block_sizes: tuple = (1, 16)  # block sizes S to mix, at least 1, no more than L
-    block_weights: tuple = (0.5, 0.5)  # share of each in the loss, at least 0
+    block_weights: tuple = (0.5, 0.5)  # share of each in the loss, at least 1e-9
     loss: str = "nelbo"  # nelbo | ce: the bound on the likelihood, or (masked noise) unweighted
     # optimization
     max_iters: int = 1800  # steps, at least 1
-    batch_size: int = 8  # rows a step, over all processes and parts, at least 1
-    grad_accum: int = 1  # parts that a process works its rows off in, at least 1
+    batch_size: int = 8  # rows a step, over all parts, at least 1
+    grad_accum: int = 1  # parts in which the rows of a step are worked off, at least 1
     optimizer: str = "muon"  # muon | adamw; muon is for the matrices
     learning_rate: float = 6e-3  # peak learning rate, at least 0
     lr_decay: str = "cosine"  # after the warm-up: cosine | constant
@@ -83,7 +80,7 @@ class Settings:
     # evaluation
     eval_interval: int = 300  # steps from one evaluation, with its checkpoint, at least 1
     eval_seqs: int = 64  # validation sequences, with always the same noise, at least 2
-    eval_only: bool = False  # no training: the likelihood as a table and OUT_DIR/eval.json
+    eval_only: bool = False  # no training: a table of the likelihood
     compare: tuple = ()  # with --eval_only: checkpoints, side by side
     plot: str = ""  # with --eval_only: NELBO by block size, PNG (needs matplotlib)
     eval_block_sizes: tuple = (1, 2, 4, 8, 16, 10**9)  # with --eval_only; at least 1, up to L
@@ -98,10 +95,10 @@ class Settings:
         sizes, weights = self.block_sizes, self.block_weights
         if len(sizes) != len(weights) or len(sizes) != len(set(sizes)):
             raise ValueError("--block_sizes must differ, and have one of --block_weights each")
-        if min(weights) <= 0 or abs(sum(weights) - 1) > 1e-6:
-            raise ValueError(f"--block_weights must be positive and sum to 1, not {sum(weights):g}")
-        if self.batch_size % (self.grad_accum * world_size()):
-            raise ValueError("--batch_size must be a multiple of --grad_accum times the processes")
+        if abs(sum(weights) - 1) > 1e-6:
+            raise ValueError(f"--block_weights must sum to 1, not {sum(weights):g}")
+        if self.batch_size % self.grad_accum:
+            raise ValueError("--batch_size must be a multiple of --grad_accum")
         if (self.compare or self.plot) and not self.eval_only:
             raise ValueError("--compare and --plot go with --eval_only")
 
@@ -158,17 +155,14 @@ def train_step(run, args):
     """Gradients of this step's batch, a step of the optimizers; (loss in nats per token, norm of
     the gradient), a tensor that nobody has waited for yet."""
     total = torch.zeros((), device=run.device)
-    rows = torch.arange(run.rank, args.batch_size, run.world)  # this process's share of the batch
-    for part, rows in enumerate(rows.chunk(args.grad_accum)):
-        torch.manual_seed(hash((args.seed, run.step, run.rank, part)) % 2**63)  # for dropout
+    for part, rows in enumerate(torch.arange(args.batch_size).chunk(args.grad_accum)):
+        torch.manual_seed(hash((args.seed, run.step, part)) % 2**63)  # for dropout
         x0, given, block_size, t, u = draw_batch(run, args, rows)
         with run.autocast:
             losses = run.model.token_losses(x0, block_size, t, u, given, args.loss, run.ar_weight)
         loss = mean_over_tokens(losses, given).sum() / args.batch_size
         loss.backward()
         total += loss.detach()
-    if run.world > 1:
-        add_over_processes([total, *(p.grad for p in run.model.parameters())])
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip or math.inf)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -182,14 +176,6 @@ def train_step(run, args):
 def mean_over_tokens(losses, given):
     """(N,) means of losses (N, L) over the tokens of a row that are not given; those are zero."""
     return losses.sum(1) / (~given).sum(1).clamp(min=1)
-
-
-def add_over_processes(tensors):
-    """Sum tensors over all processes, in place and in one exchange."""
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
-        x.copy_(total.view_as(x))
 
 
 def draw_batch(run, args, rows):
@@ -230,11 +216,10 @@ def read_rows(rows, chosen, meta):
 
 def learning_rate(args, step):
     """Linear warm-up, then constant, or a cosine down to zero."""
-    warm = min(1.0, (step + 1) / max(1, args.warmup_iters))
-    if args.lr_decay == "constant":
-        return args.learning_rate * warm
-    done = max(0, step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
-    return args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    rate = args.learning_rate * min(1, (step + 1) / max(1, args.warmup_iters))
+    if args.lr_decay == "cosine":
+        rate *= (1 + math.cos(math.pi * step / args.max_iters)) / 2
+    return rate
 
 
 @torch.no_grad()
@@ -247,22 +232,17 @@ def update_average(average, model, decay, step):
 
 def make_optimizers(model, args):
     """AdamW; or Muon (arXiv 2502.16982) for the matrices of the blocks, AdamW for the rest."""
-    matrices, vectors = [], []
-    for p in model.blocks.parameters():
-        (matrices if p.dim() == 2 else vectors).append(p)
-    in_blocks = set(matrices + vectors)
-    others = [p for p in model.parameters() if p not in in_blocks]
-    vectors += [p for p in others if p.dim() < 2]
-    tables = [p for p in others if p.dim() == 2]  # embedding and head
-    decay = args.weight_decay
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    tables = [model.embedding.weight] + ([] if model.config.tied else [model.head.weight])
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     muon = args.optimizer == "muon"
     groups = [
-        dict(params=tables if muon else tables + matrices, weight_decay=decay),
+        dict(params=tables if muon else tables + matrices, weight_decay=args.weight_decay),
         dict(params=vectors, weight_decay=0.0),
     ]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)]
     if muon:  # so scaled that one learning rate suits both
-        scale = dict(weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        scale = dict(weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(torch.optim.Muon(matrices, **scale))
     return optimizers
 
@@ -273,8 +253,8 @@ def make_optimizers(model, args):
 
 def train(args, config):
     run = start(args, config)
-    with tqdm(total=args.max_iters, initial=run.step, disable=not run.main, smoothing=0) as bar:
-        while run.step < args.max_iters and not any_process(run):
+    with tqdm(total=args.max_iters, initial=run.step, smoothing=0) as bar:
+        while run.step < args.max_iters and not run.stop:
             result = train_step(run, args)
             read_loss(run)  # of the step before, which is there by now: reading it does not wait
             run.unread = run.step, result
@@ -283,18 +263,14 @@ def train(args, config):
             bar.update()
             if run.step % args.eval_interval == 0 or run.step == args.max_iters:
                 read_loss(run)
-                if run.main:
-                    report(run, args, bar)
-                    save(run, args)
+                bar.write(report(run, args))
+                save(run, args)
         read_loss(run)
     if run.step == args.max_iters:
-        run.say(f"done; now: python sample.py --ckpt={run.path}")
+        print(f"done; now: python sample.py --ckpt={run.path}")
     else:
-        if run.main:
-            save(run, args)
-        run.say(f"stopped at step {run.step}: --resume goes on")
-    if run.world > 1:
-        dist.destroy_process_group()
+        save(run, args)
+        print(f"stopped at step {run.step}: --resume goes on")
 
 
 def read_loss(run):
@@ -316,18 +292,20 @@ def read_loss(run):
     raise ValueError(f"stopped at step {step}: {why}; {advice}")
 
 
-def report(run, args, bar):
-    """Evaluate, show a sample, keep the weights if they are the best so far."""
+def report(run, args):
+    """Evaluate; keep the weights if they are the best so far. A line of text."""
     n_seqs = min(args.eval_seqs, len(run.val))
-    figures, loss = {}, 0.0
-    for size, weight in zip(args.block_sizes, args.block_weights):
-        losses, _ = evaluate(run.average, run.val, run.meta, size, n_seqs)
-        figures[size] = mean_and_error(losses)
-        loss += weight * figures[size][0]
+    words, figures, loss = [], {}, 0.0
+    for S, weight in zip(args.block_sizes, args.block_weights):
+        losses, _ = evaluate(run.average, run.val, run.meta, S, n_seqs)
+        figures[S] = nats, error = mean_and_error(losses)
+        loss += weight * nats
+        bits = nats / math.log(2) / run.meta["bytes_per_token"]
+        words.append(f"S={S}: {nats:.4f} ± {error:.4f} nats, {bits:.3f} bits/byte")
     if loss < run.best_loss:
         run.best_loss, run.best = loss, copy.deepcopy(run.average.state_dict())
     run.log(step=run.step, val=figures)
-    bar.write(f"step {run.step}: {describe(figures, run.meta)}\n    {show_sample(run, args)!r}")
+    return f"step {run.step}: " + " | ".join(words)
 
 
 def save(run, args):
@@ -343,44 +321,11 @@ def save(run, args):
     )
 
 
-def describe(figures, meta):
-    """Likelihoods {block size: (mean, error)} in one line."""
-    words = []
-    for size, (nats, error) in figures.items():
-        bits = nats / math.log(2) / meta["bytes_per_token"]
-        words.append(f"S={size}: {nats:.4f} ± {error:.4f} nats, {bits:.3f} bits/byte")
-    return " | ".join(words)
-
-
-def show_sample(run, args):
-    """The beginning of a sample, of problems the solution of one."""
-    x0, given = read_rows(run.val, torch.tensor([0]), run.meta)
-    size = max(args.block_sizes)
-    options = dict(given=x0.where(given, -1), block_size=size, steps=size, seed=args.seed)
-    tokens, _ = generate(run.average, *x0.shape, **options)
-    _, decode = load_tokenizer(run.meta["tokenizer"])
-    return decode(tokens[0].tolist())[:400]
-
-
-def any_process(run):
-    """Whether any process was told to stop: all have to stop at the same step."""
-    if run.world == 1:
-        return bool(run.stop)
-    total = torch.tensor(len(run.stop), device=run.device)
-    dist.all_reduce(total)
-    return total.item() > 0
-
-
 def start(args, config):
     """All that a run consists of: model, average, optimizers, data, and where it is."""
     run = SimpleNamespace(stop=[], unread=None, recent=0.0, best=None, best_loss=math.inf, step=0)
-    run.rank, run.world = int(os.environ.get("RANK", 0)), world_size()
-    run.main = run.rank == 0
-    run.say = print if run.main else lambda text: None
     run.device, run.autocast = set_up_device(args)
-    if run.world > 1:
-        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
-    run.train, run.val, run.meta = load_data(args, config.seq_len, run)
+    run.train, run.val, run.meta = load_data(args, config.seq_len)
     run.sizes, run.weights, run.ar_weight = mixture(args.block_sizes, args.block_weights, config.ar)
     torch.manual_seed(args.seed)
     run.model = make_model(args, config, run.meta).to(run.device)
@@ -390,7 +335,8 @@ def start(args, config):
     run.path = os.path.join(args.out_dir, "ckpt.pt")
     if args.resume:
         restore(run)
-    run.log = open_log(os.path.join(args.out_dir, "log.jsonl"), args.resume, run.main)
+    log = open(os.path.join(args.out_dir, "log.jsonl"), "a" if args.resume else "w", buffering=1)
+    run.log = lambda **line: log.write(json.dumps(line) + "\n")
     if args.compile == "True" or args.compile == "auto" and use_triton(run.device):
         torch._dynamo.config.suppress_errors = True  # a failing compiler costs speed, not the run
         for block in run.model.blocks:
@@ -398,20 +344,10 @@ def start(args, config):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: run.stop.append(name))
     n_parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    known = f", of the chain {run.meta['entropy_rate']:.3f}" if "entropy_rate" in run.meta else ""
-    entropy = f"unigram entropy {run.meta['unigram_nats']:.3f} nats{known}"
-    run.say(f"{n_parameters:.2f}M parameters on {run.device}; {len(run.train):,} rows; {entropy}")
+    print(f"{n_parameters:.2f}M parameters on {run.device}; {len(run.train):,} rows; ", end="")
+    print(f"unigram entropy {run.meta['unigram_nats']:.3f} nats", end="")
+    print(f", of the chain {run.meta['entropy_rate']:.3f}" if "entropy_rate" in run.meta else "")
     return run
-
-
-def open_log(path, resume, main):
-    """A function that writes a line of log.jsonl."""
-    file = open(path if main else os.devnull, "a" if resume else "w", buffering=1)
-    return lambda **line: file.write(json.dumps(line) + "\n")
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def set_up_device(args):
@@ -423,20 +359,19 @@ def set_up_device(args):
     return device, contextlib.nullcontext()
 
 
-def load_data(args, length, run):
-    """(rows for training, for validation, meta) of the dataset, made first if that needs no help.
-    Rows (n, L) are views: of a text there is one at every position."""
+def load_data(args, length):
+    """What open_rows returns, of a dataset that is made first if that needs no help."""
     folder = os.path.join(args.data_dir, args.dataset)
     makes_itself = args.dataset in ("pydocs", "alldocs", "markov", "math")
-    if run.main and makes_itself and not os.path.exists(folder):
-        run.say(f"preparing {folder} ...")
+    if makes_itself and not os.path.exists(folder):
+        print(f"preparing {folder} ...")
         prepare(args.dataset, args.data_dir)
-    if run.world > 1:
-        dist.barrier()
     return open_rows(folder, length)
 
 
 def open_rows(folder, length):
+    """(rows for training, for validation, meta). Rows (n, L) are views: of a text there is one at
+    every position. Raises ValueError."""
     train, val, meta = open_data(folder)
     if meta.get("row_length", length) != length:
         raise ValueError(f"the problems of {folder} need --seq_len={meta['row_length']}")
@@ -450,12 +385,9 @@ def open_rows(folder, length):
 
 def make_model(args, config, meta):
     """A new model, or one that starts from the weights of --init_from."""
-    config = replace(config, vocab_size=meta["vocab_size"])
     if not args.init_from or args.resume:
-        return BlockGen(config)
+        return BlockGen(replace(config, vocab_size=meta["vocab_size"]))
     source, _ = load_checkpoint(args.init_from)
-    if source.config.ar != config.ar:
-        raise ValueError(f"{args.init_from} has --ar={source.config.ar}: say so")
     model = BlockGen(replace(config, vocab_size=source.config.vocab_size))
     load_weights(model, source.state_dict(), args.init_from)
     return model
@@ -466,10 +398,8 @@ def restore(run):
     content = read_checkpoint(run.path)
     if "optimizers" not in content:
         raise ValueError(f"{run.path} is no run of train.py: start from it with --init_from")
-    saved, config = asdict(content["config"]), asdict(run.model.config)
-    differ = [name for name in config if saved[name] != config[name]]
-    if differ:
-        raise ValueError(f"{run.path} is another model: {', '.join(differ)} differ")
+    if content["config"] != run.model.config:
+        raise ValueError(f"--resume goes on with the model of {run.path}, which no flag changes")
     load_weights(run.model, content["model"], run.path)
     load_weights(run.average, content["average"], run.path)
     for optimizer, state in zip(run.optimizers, content["optimizers"]):
@@ -528,41 +458,32 @@ def mixture_bounds(total, weights):
 
 
 def eval_only(args, given):
-    """Print the likelihood of the checkpoints of --compare (by default OUT_DIR/ckpt.pt), side by
-    side, and write OUT_DIR/eval.json."""
+    """Print, and perhaps draw, the likelihood of OUT_DIR/ckpt.pt or of those of --compare."""
     device, _ = set_up_device(args)
-    results = {}
+    panels = {}
     for path in args.compare or [os.path.join(args.out_dir, "ckpt.pt")]:
         model, content = load_checkpoint(path, device)
         # the checkpoint knows its data and its mixture, where no flag tells
         flags = vars(args) | content["args"] | {name: getattr(args, name) for name in given}
-        results[path] = likelihood(model, SimpleNamespace(**flags))
-        mixture = dict(zip(flags["block_sizes"], flags["block_weights"]))
-        about = f"{model.config.noise} noise, {mixture}, {content['step']} steps"
-        print(f"({len(results)}) {path}: {about}")
-    print_likelihoods(list(results.values()))
-    os.makedirs(args.out_dir, exist_ok=True)
-    with open(os.path.join(args.out_dir, "eval.json"), "w") as file:
-        json.dump(results, file, indent=1)
+        print(f"{path}: {model.config.noise} noise, {content['step']} steps")
+        points = print_likelihood(model, SimpleNamespace(**flags))
+        panels.setdefault(model.config.noise, {})[path] = points
     if args.plot:
-        lines = {path: nelbo_points(rows) for path, rows in results.items()}
-        plot({"": lines}, args.plot, "block size", "NELBO, nats per token")
+        plot(panels, args.plot, "block size", "NELBO, nats per token")
 
 
-def likelihood(model, args):
-    """{block size, or name of a bound of the mixture: its figures} of a model on the validation
-    data of the flags."""
+def print_likelihood(model, args):
+    """The likelihood on the validation data of the flags, by block size and under the mixture.
+    Returns (block size, nats, error) for a plot. Raises ValueError."""
     L = model.config.seq_len
     _, data, meta = open_rows(os.path.join(args.data_dir, args.dataset), L)
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise ValueError(f"the model has fewer tokens than the data of {args.dataset}")
+    if meta["vocab_size"] > model.config.vocab_size or max(args.block_sizes) > L:
+        raise ValueError("the model has fewer tokens, or is shorter, than the flags ask for")
     n_seqs = min(args.eval_seqs, len(data))
-    if max(args.block_sizes) > L:
-        raise ValueError(f"--block_sizes must be at most {L}, the length of the model")
-    sizes = {min(L, size) for size in args.eval_block_sizes} | set(args.block_sizes)
     losses = {}
-    for S in sorted(sizes):
+    for S in sorted({min(L, S) for S in args.eval_block_sizes} | set(args.block_sizes)):
         losses[S], lengths = evaluate(model, data, meta, S, n_seqs, args.eval_draws)
+    points = [(S, *mean_and_error(x)) for S, x in losses.items()]
     total = torch.stack([losses[S].mean(0) for S in args.block_sizes]) * lengths
     jensen, log_sum_exp = mixture_bounds(total, args.block_weights)
     losses["mixture: Jensen"] = jensen[None] / lengths
@@ -570,28 +491,12 @@ def likelihood(model, args):
     if "entropy_rate" in meta:
         truth = (meta["first_nats"] + (L - 1) * meta["entropy_rate"]) / L
         losses["true entropy"] = torch.full((1, n_seqs), truth)
-    rows = {}
+    print(f"{'block size':>20}     nats   ± s.e. bits/byte perplexity")
     for name, x in losses.items():
         nats, error = mean_and_error(x)
         bits = nats / math.log(2) / meta["bytes_per_token"]
-        rows[str(name)] = dict(nats=nats, error=error, bits=bits, perplexity=math.exp(nats))
-    return rows
-
-
-def print_likelihoods(results):
-    """One table, four columns for each checkpoint."""
-    columns = "    nats   ± s.e. bits/byte perplexity"
-    print(f"{'block size':>20}", *(f"({i + 1}){columns}" for i in range(len(results))))
-    for name in dict.fromkeys(name for rows in results for name in rows):
-        cells = []
-        for rows in results:
-            form = "{nats:11.4f} {error:8.4f} {bits:9.4f} {perplexity:10.2f}"
-            cells.append(form.format(**rows[name]) if name in rows else " " * 41)
-        print(f"{name:>20}", *cells)
-
-
-def nelbo_points(rows):
-    return [(int(S), row["nats"], row["error"]) for S, row in rows.items() if S.isdigit()]
+        print(f"{name:>20} {nats:8.4f} {error:8.4f} {bits:9.4f} {math.exp(nats):10.2f}")
+    return points
 
 
 # ----------------------------------------------------------------------------------------------
@@ -605,17 +510,15 @@ def read_flags(argv=None):
     preset = values["preset"]
     if preset == "auto":
         preset = "gpu" if find_device(values["device"]).type == "cuda" else "cpu"
-    defaults = dict(PRESETS.get(preset, {}))
+    defaults = PRESETS.get(preset, {})
     if values["resume"]:
         saved = read_checkpoint(os.path.join(values["out_dir"], "ckpt.pt"))
-        defaults |= asdict(saved["config"]) | saved["args"]
-        defaults |= {name: values[name] for name in ("resume", "out_dir", "device")}
+        kept = {name: values[name] for name in ("resume", "out_dir", "device")}
+        defaults = asdict(saved["config"]) | saved["args"] | kept
     values, given = parse_flags(__doc__, Settings, Config, argv=argv, defaults=defaults)
     if "block_sizes" in given and "block_weights" not in given:
         values["block_weights"] = [1 / len(values["block_sizes"])] * len(values["block_sizes"])
         given.add("block_weights")
-    if values["noise"] == "uniform" and "loss" not in given:
-        values["loss"] = "nelbo"  # the preset of the paper has ce, which is for masked noise
     args, config = from_values(Settings, values), from_values(Config, values)
     if max(args.block_sizes) > config.seq_len:
         raise ValueError(f"--block_sizes must be at most --seq_len={config.seq_len}")
