@@ -44,7 +44,6 @@ from blockgen import (
 )
 from prepare_data import (
     END,
-    Program,
     check_settings,
     from_values,
     is_question,
@@ -54,6 +53,7 @@ from prepare_data import (
     math_problems,
     open_data,
     parse_flags,
+    part_of,
     prepare,
     read_tokenizer,
     solve,
@@ -2277,7 +2277,7 @@ def test_tokenizer_json(tokenizer_json, tmp_path):
 
 def test_tokenizer_json_says_what_is_missing(tokenizer_json, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="pip install"):
+    with pytest.raises(ImportError, match="tokenizers"):
         make_tokenizer(str(tokenizer_json), "")
     monkeypatch.undo()
     tokenizer_json.write_text("{}")
@@ -2306,7 +2306,7 @@ def test_a_markov_chain_knows_its_entropy(tmp_path):
 
 def test_a_large_chain_has_a_name_for_each_state(tmp_path):
     meta = prepare("markov", tmp_path, states=60, tokens=1000)
-    assert load_tokenizer(meta["tokenizer"])[1]([0, 25, 26, 51, 52, 59]) == "AZaz<52><59>"
+    assert load_tokenizer(meta["tokenizer"])[1]([0, 25, 26, 51, 52, 59]) == "AZaz07"
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe:260"])
@@ -2327,7 +2327,7 @@ def test_text_file_round_trip(tmp_path, kind):
 
 
 def test_the_same_documents_are_held_out_everywhere():
-    assert [i for i in range(60) if prepare_data.held_out(i)] == [9, 39, 49, 51, 55]
+    assert [i for i in range(60) if part_of(i) == "val"] == [9, 39, 49, 51, 55]
 
 
 def test_a_folder_of_documents(tmp_path, monkeypatch):
@@ -2455,12 +2455,12 @@ def test_is_question(library):
 
 
 def test_problems_of_files(tmp_path):
-    """GSM8K's form, and TinyGSM's."""
+    """Answers as in GSM8K, and programs."""
     answer = "She has 9 + 9 = <<9+9=18>>18 cakes.\n#### 18"
     rows = [{"question": f"How many are 9 and {i}?", "answer": answer} for i in range(50)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code = "def simple_math_problem():\n    return 18"
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "9 and 9?", "code": code}))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "9 and 9?", "answer": code}))
     files = dict(input=f"{tmp_path}/train.jsonl", test=f"{tmp_path}/test.jsonl")
     prepare("problems", tmp_path, **files, tokenizer="bpe:270", seq_len=150)
     train, val, meta = open_data(tmp_path / "problems")
@@ -2489,21 +2489,13 @@ ORDINARY = {
     "def simple_math_problem() -> int:\n    import math\n    return math.floor(3.9)": 3,
     "return math.sqrt(16)": 4,
     "return 7 // 2 + 7 % 4 - 2 ** 3 + 1 / 4": -1.75,
-    "return -(-3) + (not 0)": 4,
+    "return -(-3) + 1": 4,
     "x = 5\nx += 2\nx *= 3\nx -= 1\nx /= 4\nreturn x": 5,
-    "x = 3\nif x > 2 and x != 4:\n    x = 10\nelse:\n    x = 20\nreturn x": 10,
-    "x = 3\nif x < 2 or x == 4:\n    x = 10\nelif x >= 3:\n    return 30\nreturn x": 30,
-    "return 1 if 2 <= 1 else 0.5": 0.5,
-    "return (2 < 2) + (2 <= 2) * 10 + (2 > 2) * 100 + (2 >= 2) * 1000 + (3 < 4)": 1011,
-    "total = 0\nfor i in range(5):\n    total += i\nreturn total": 10,
-    "total = 0\nfor i in [3, 4.5]:\n    total = total + i\nreturn total": 7.5,
-    "for i in range(9):\n  for j in range(9):\n    if i * j == 42:\n      return i + j": 13,
-    "return max(1, 5, 3) - min([2, 4]) + abs(-3) + len([1, 1])": 8,
-    "xs = [1, 2, 3]\nreturn sum(xs) + sum(range(2, 10, 3))": 21,
+    "return max(1, 5, 3) - min(2, 4) + abs(-3)": 6,
     "return round(2.567, 1) + round(3.4) + int(9.7) + float(1)": 15.6,
-    "return 0 and 1 / 0": None,  # a truth value is no number
-    "return 1 if (0 and 1 / 0) else 2": 2,
-    "for i in range(round(5 / 2)):\n    x = i\nreturn x": 1,
+    "return 5\nreturn 6": 5,
+    "def simple_math_problem():\n    return 5\nprint(6)": 5,
+    "return 2 ** -100000": 0,
 }
 
 
@@ -2539,7 +2531,6 @@ NO_ANSWERS = [
     "return 10 ** 10 ** 10",
     "return 10 ** 10 ** 10 % 7",
     "return (10 ** 10 ** 10) > 1",
-    "return 2 ** -100000",
     "return 1 << 10 ** 9",
     "return 1 >> 1",
     "return 5 & 4",
@@ -2618,7 +2609,7 @@ NO_ANSWERS = [
     "[" * 190,
     "return " + "-" * 1500 + "1",
     "return " + "not " * 400 + "1",
-    "return " + "1 + " * 450 + "1",
+    "return " + "1+" * 990 + "1",
     "return " + "abs(" * 600,
     "x" + ".a" * 900,
     "if 1:" * 300,
@@ -2626,6 +2617,19 @@ NO_ANSWERS = [
     "\ud800",
     "return 5" + " " * 3000,
     "return 5 #" + "#" * 3000,
+    # what programs in general have, and ours do not
+    "return not 0",
+    "return 2 < 3",
+    "x = 3\nif x > 2:\n    x = 10\nreturn x",
+    "x = 3\nif x < 2 or x == 4:\n    x = 10\nelif x >= 3:\n    return 30\nreturn x",
+    "return 1 if 2 <= 1 else 0.5",
+    "return 1 if (0 and 1 / 0) else 2",
+    "return 0 and 1 / 0",
+    "total = 0\nfor i in range(5):\n    total += i\nreturn total",
+    "for i in range(9):\n  for j in range(9):\n    if i * j == 42:\n      return i + j",
+    "xs = [1, 2, 3]\nreturn sum(xs)",
+    "x = y = 5\nreturn x",
+    "x, y = 5, 6\nreturn x",
     "####",
     "#### none",
     "the answer is 18",
@@ -2636,16 +2640,16 @@ NO_ANSWERS = [
 def test_no_answer(program, monkeypatch):
     """Hostile and broken programs: None, after a bounded number of steps."""
     steps = []
-    value = Program.value
+    read_expression = prepare_data.read_expression
 
-    def counted(self, expression):
+    def counted(expression, variables):
         steps.append(expression)
-        return value(self, expression)
+        return read_expression(expression, variables)
 
-    monkeypatch.setattr(Program, "value", counted)
+    monkeypatch.setattr(prepare_data, "read_expression", counted)
     assert len(NO_ANSWERS) >= 60
     assert solve(program) is None
-    assert len(steps) <= prepare_data.MOST_STEPS
+    assert len(steps) <= prepare_data.LONGEST
 
 
 def test_gsm8k_answers():
@@ -2711,7 +2715,7 @@ def test_flags_have_the_types_of_their_defaults():
     )
     assert given == set()
     argv = "--word=bc --size=4 --rate=0.25 --sizes=2,3 --on=False --off --path=p"
-    argv += " --names x --names y"
+    argv += " --names=x,y"
     values, given = read_flags(*argv.split())
     assert given == values.keys()
     assert (values["word"], values["size"], values["rate"]) == ("bc", 4, 0.25)
@@ -2776,7 +2780,7 @@ def refused_data(capsys, folder, flags):
         ("text", "--input"),
         ("text --input=nowhere", "nowhere"),
         ("text --input=DIR", "directory"),
-        ("text --input=DIR/binary", "UTF-8"),
+        ("text --input=DIR/binary", "utf-8"),
         ("text --input=DIR/short --tokenizer=char", "too short"),
         ("text --input=DIR/short", "too small"),
         ("text --input=DIR/small", "too small"),
@@ -2793,9 +2797,9 @@ def refused_data(capsys, folder, flags):
         ("problems --input=DIR/good", "--test"),
         ("problems --input=DIR/good --test=DIR/rows", "line 2"),
         ("problems --input=DIR/good --test=DIR/small", "line 1"),
-        ("openwebtext", "pip install datasets"),
-        ("tinygsm", "pip install datasets"),
-        ("shakespeare", "--input"),
+        ("openwebtext", "datasets"),
+        ("tinygsm", "datasets"),
+        ("shakespeare", "no network"),
     ],
 )
 def test_prepare_data_refuses(tmp_path, capsys, monkeypatch, flags, word):
@@ -2861,7 +2865,7 @@ def test_damaged_datasets_are_refused(tmp_path):
     prepare("markov", tmp_path, tokens=1000)
     with open(folder / "val.bin", "r+b") as file:
         file.truncate(100)
-    with pytest.raises(ValueError, match="val.bin"):
+    with pytest.raises(ValueError, match="damaged"):
         open_data(folder)
     (folder / "meta.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
@@ -3083,7 +3087,7 @@ def test_best_weights(data_dir, tmp_path, monkeypatch):
         return torch.full((1, 2), next(figures)), torch.full((2,), 24)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    flags = "--block_weights=0.25,0.75 --max_iters=6 --eval_interval=2"
+    flags = "--block_weights=0.25,0.75 --max_iters=6 --eval_interval=2 --lr_decay=constant"
     content = run_training(data_dir, tmp_path, flags)
     best = averages[2]  # the second of three evaluations, two block sizes each
     assert same(content["best"], best)
