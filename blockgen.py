@@ -27,7 +27,6 @@ BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM,
 import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -42,12 +41,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import block_attention, causal_view, denoise_view, train_view, verify_view
-from prepare_data import (
-    check_settings,
-    parse_flags,
-    read_tokenizer,
-    run_script,
-)
+from prepare_data import check_settings, parse_flags, run_script
 
 
 @dataclass
@@ -96,15 +90,15 @@ class Block(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.norm1 = nn.LayerNorm(d)
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.attn_qkv = nn.Linear(d, 3 * d, bias=False)
         self.attn_out = nn.Linear(d, d, bias=False)
         self.norm2 = nn.LayerNorm(d)
-        self.mlp_in = nn.Linear(d, 4 * d)
-        self.mlp_out = nn.Linear(4 * d, d)
+        gelu = nn.GELU(approximate="tanh")
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), gelu, nn.Linear(4 * d, d))
 
     def forward(self, x, cos, sin, view, cache=None):
         N, Q, d = x.shape
-        qkv = self.qkv(self.norm1(x))  # (N, Q, 3 d)
+        qkv = self.attn_qkv(self.norm1(x))  # (N, Q, 3 d)
         qkv = qkv.view(N, Q, 3, self.n_head, -1)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, N, H, Q, D)
         q, k = rotate(qkv[:2], cos, sin)
@@ -114,9 +108,7 @@ class Block(nn.Module):
         o = block_attention(q, k, v, view)  # (N, H, Q, D)
         o = o.transpose(1, 2).reshape(N, Q, d)
         x = x + F.dropout(self.attn_out(o), self.dropout, self.training)
-        h = self.mlp_in(self.norm2(x))  # (N, Q, 4 d)
-        h = F.gelu(h, approximate="tanh")
-        return x + F.dropout(self.mlp_out(h), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -496,7 +488,7 @@ def initialize(model):
     config, d = model.config, model.config.n_embd
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
+            residual = name.endswith(("attn_out.weight", "mlp.2.weight"))
             depth = math.sqrt(2 * config.n_layer) if residual else 1
             nn.init.normal_(p, std=0.5 * d**-0.5 / depth)
         elif name.endswith("bias"):
@@ -519,14 +511,14 @@ def look_back(block, cos, sin):
     The norm's output sums to zero, so what a row of the weight has in common over its columns acts
     on the norm's bias alone. A bias of 1 makes that a constant, in the query and in the key; the
     key's is rotated by one position, so that the two match best at distance 1."""
-    d = block.qkv.weight.shape[1]
+    d = block.attn_qkv.weight.shape[1]
     strength = torch.linspace(2, 0, block.n_head)[:, None]
     unrotated = torch.cat([torch.ones_like(cos), torch.zeros_like(sin)])  # (D,)
     query = strength * unrotated  # (H, D)
     key = strength * torch.cat([cos, sin])
     nothing = torch.zeros(d)  # for the values
     constant = torch.cat([query.flatten(), key.flatten(), nothing])[:, None]  # (3 d, 1)
-    weight = block.qkv.weight
+    weight = block.attn_qkv.weight
     weight += constant / d - weight.mean(1, keepdim=True)
     nn.init.ones_(block.norm1.bias)
 
@@ -651,47 +643,39 @@ def load_checkpoint(path, device="cpu"):
 # Published weights: a DiT whose time is always 0
 
 
-def convert(source, noise="auto"):
-    """The content of a checkpoint from config.json, model.safetensors and perhaps tokenizer.json,
-    in a folder or at hf:org/repo/folder.
-
-    noise: masked, uniform, or auto: the mask's row of the head never got a gradient and is zero.
-    Raises ValueError, OSError or ImportError."""
+def convert(source):
+    """The content of a checkpoint from config.json and model.safetensors in a folder, or at
+    hf:org/repo/folder. Raises ValueError, OSError or ImportError."""
     folder = download(source[3:]) if source.startswith("hf:") else source
     try:
         from safetensors.torch import load_file
-
+    except ImportError:
+        raise ImportError("published weights need safetensors: pip install safetensors") from None
+    try:
         with open(os.path.join(folder, "config.json")) as file:
             c = json.load(file)
         w = load_file(os.path.join(folder, "model.safetensors"))
-        if noise == "auto":
-            noise = "uniform" if w["output_layer.linear.weight"][-1].any() else "masked"
-        V = len(w["vocab_embed.embedding"]) - (noise == "masked")
+        is_masked = not w["output_layer.linear.weight"][-1].any()  # nothing predicts the mask
         config = Config(
-            vocab_size=V,
+            vocab_size=len(w["vocab_embed.embedding"]) - is_masked,
             seq_len=c["length"],
             n_layer=c["n_blocks"],
             n_head=c["n_heads"],
             n_embd=c["hidden_size"],
-            noise=noise,
+            noise="masked" if is_masked else "uniform",
             ar="paper",
-            token_causal=c.get("x0_causal", True),
+            token_causal=c["x0_causal"],
             tied=False,
         )
         model = BlockGen(config)
-        if not torch.allclose(w["rotary_emb.inv_freq"].cos(), model.rotary[0, 1], atol=1e-4):
-            raise ValueError("rotary_emb.inv_freq is not that of base 10000")
-        if not all(x.isfinite().all() for x in w.values()):
-            raise ValueError("some weights are not finite")
-        weights = fold({name: x.double() for name, x in w.items()}, config)
-        model.load_state_dict(weights)
-    except ImportError:
-        raise ImportError("published weights need safetensors: pip install safetensors") from None
+        model.load_state_dict(fold(w, config))
+        assert all(x.isfinite().all() for x in model.parameters()), "some are not finite"
+        assert torch.allclose(w["rotary_emb.inv_freq"].cos(), model.rotary[0, 1], atol=1e-4)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{source} does not have the published layout ({reason})") from None
-    tokenizer = read_tokenizer(os.path.join(folder, "tokenizer.json"), V)
-    meta = {"tokenizer": tokenizer, "vocab_size": V}
+    tokenizer = dict(kind="gpt2", vocab_size=config.vocab_size, start=50256, end=50256)
+    meta = {"tokenizer": tokenizer, "vocab_size": config.vocab_size}
     return dict(config=asdict(config), model=model.state_dict(), meta=meta, args={}, step=0)
 
 
@@ -701,15 +685,14 @@ def download(name):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ImportError("hf: needs huggingface_hub: pip install huggingface_hub") from None
-    org, repo, *folder = name.split("/")
-    path = "/".join(folder)
-    files = snapshot_download(f"{org}/{repo}", allow_patterns=f"{path}*")
-    return os.path.join(files, path)
+    org, repo, folder = name.split("/", 2)
+    return os.path.join(snapshot_download(f"{org}/{repo}", allow_patterns=f"{folder}/*"), folder)
 
 
 def fold(w, config):
     """Our weights from theirs. With the time their adaLN is constant, and folds exactly: scales and
     shifts into the LayerNorms, gates into the projections behind attention and MLP."""
+    w = {name: x.double() for name, x in w.items()}
 
     def layer(x, name):
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -718,50 +701,47 @@ def fold(w, config):
     condition = F.silu(layer(time.double(), "sigma_map.mlp.0"))
     condition = F.silu(layer(condition, "sigma_map.mlp.2"))
     shift, scale = layer(condition, "output_layer.adaLN_modulation").chunk(2)
-    w["output_layer.norm_final.weight"] *= 1 + scale
-    w["output_layer.norm_final.bias"] = shift
+    V = config.vocab_size
+    ours = {
+        "noisy_gain": torch.tensor(1.0),
+        "embedding.weight": w["vocab_embed.embedding"],
+        "norm.weight": w["output_layer.norm_final.weight"] * (1 + scale),
+        "norm.bias": shift,
+        "head.weight": w["output_layer.linear.weight"][:V],
+        "head.bias": w["output_layer.linear.bias"][:V],
+    }
     for i in range(config.n_layer):
         block = f"blocks.{i}"
         modulation = layer(condition, f"{block}.adaLN_modulation")
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
-        w[f"{block}.norm1.weight"] *= 1 + scale1
-        w[f"{block}.norm1.bias"] = shift1
-        w[f"{block}.attn_out.weight"] *= gate1[:, None]
-        w[f"{block}.norm2.weight"] *= 1 + scale2
-        w[f"{block}.norm2.bias"] = shift2
-        w[f"{block}.mlp.2.weight"] *= gate2[:, None]
-        w[f"{block}.mlp.2.bias"] *= gate2
-    ours = {"noisy_gain": torch.tensor(1.0)}
-    for name, x in w.items():
-        if not re.search("sigma_map|adaLN|rotary_emb", name):
-            for theirs, mine in NAMES.items():
-                name = name.replace(theirs, mine)
-            ours[name] = x[: config.vocab_size] if name.startswith("head") else x
+        ours[f"{block}.norm1.bias"] = shift1
+        ours[f"{block}.norm2.bias"] = shift2
+        factors = {
+            "norm1.weight": 1 + scale1,
+            "attn_qkv.weight": 1,
+            "attn_out.weight": gate1[:, None],
+            "norm2.weight": 1 + scale2,
+            "mlp.0.weight": 1,
+            "mlp.0.bias": 1,
+            "mlp.2.weight": gate2[:, None],
+            "mlp.2.bias": gate2,
+        }
+        for name, factor in factors.items():
+            ours[f"{block}.{name}"] = w[f"{block}.{name}"] * factor
     return ours
-
-
-NAMES = {
-    "vocab_embed.embedding": "embedding.weight",
-    "output_layer.norm_final": "norm",
-    "output_layer.linear": "head",
-    "attn_qkv": "qkv",
-    "mlp.0": "mlp_in",
-    "mlp.2": "mlp_out",
-}
 
 
 @dataclass
 class Conversion:
     source: str = ""  # a folder, or hf:org/repo/folder
     target: str = ""  # the checkpoint to write
-    noise: str = "auto"  # of the weights: masked | uniform | auto; auto: read off the head
 
 
 def main():
-    values, given = parse_flags(__doc__, Conversion, positional=("source", "target"))
-    if not {"source", "target"} <= given:
+    values, _ = parse_flags(__doc__, Conversion, positional=("source", "target"))
+    if not values["target"]:
         raise ValueError("say python blockgen.py FROM OUT.pt")
-    save_checkpoint(values["target"], **convert(values["source"], values["noise"]))
+    save_checkpoint(values["target"], **convert(values["source"]))
 
 
 if __name__ == "__main__":
