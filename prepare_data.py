@@ -10,10 +10,13 @@
     python prepare_data.py tinygsm          # needs the package datasets, disk and hours
     python prepare_data.py openwebtext      # so does this
 
-The first four need no network. The .bin files are bare uint16 or uint32 token ids (numpy.memmap
-opens them). meta.json says how to decode them and what a model has to beat: the unigram entropy,
-and for markov the entropy of the chain. Problems are rows of --seq_len tokens: the question, an
-end token, the answer, an end token, and more end tokens.
+The first four need no network; --tokenizer=gpt2 does once, or its files in TIKTOKEN_CACHE_DIR. A
+file of problems has a JSON object a line, with "question" and "answer".
+
+The .bin files are bare uint16 or uint32 token ids (numpy.memmap opens them). meta.json says how to
+decode them and what a model has to beat: the unigram entropy, and for markov the entropy of the
+chain. Problems are rows of --seq_len tokens: the question, an end token, the answer, an end token,
+and more end tokens.
 """
 import argparse
 import ast
@@ -43,10 +46,9 @@ END = "<|endoftext|>"  # stands behind every document
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 # ---------------------------------------------------------------------------------------------
-# Sources. A text source yields documents; split or cut says which are for validation
+# Sources. Each yields (part, document); a part is train or val, a document a text or a problem
 
 
 def docstrings(source):
@@ -87,10 +89,8 @@ def pydocs(packages=()):
 
 
 def shakespeare():
-    data = urllib.request.urlopen(SHAKESPEARE, timeout=60).read()
-    if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError("the download is not the file expected (SHA-256 differs): try again")
-    return data.decode()
+    """Where there is no network, get the file another way, then `text --input=FILE`."""
+    return urllib.request.urlopen(SHAKESPEARE, timeout=60).read().decode()
 
 
 def read_text(path):
@@ -100,28 +100,62 @@ def read_text(path):
         return file.read()
 
 
-def stream(name):
-    """The rows, as dicts, of a dataset on the Hugging Face hub while they are downloaded."""
-    from datasets import load_dataset
-
-    return load_dataset(name, split="train", streaming=True)
-
-
 def part_of(thing):
-    """Where a document belongs. One in ten is for validation, by a hash, so that neighbors in a
-    folder fall on both sides."""
+    """By a hash, so that neighbors in a folder fall on both sides."""
     return "val" if hashlib.sha256(str(thing).encode()).digest()[0] < 26 else "train"
 
 
 def split(documents):
+    """Many documents: one in ten is for validation."""
     for i, document in enumerate(documents):
         yield part_of(i), document
+
+
+def stream(name, *columns):
+    """The rows of a dataset on the Hugging Face hub, while they are downloaded."""
+    from datasets import load_dataset
+
+    rows = load_dataset(name, split="train", streaming=True)
+    return split(tuple(row[column] for column in columns) for row in rows)
 
 
 def cut(text):
     """A single document: its last tenth is for validation."""
     end = len(text) * 9 // 10
     return [("train", text[:end]), ("val", text[end:])]
+
+
+# the states of a chain
+STATES = string.ascii_uppercase + string.ascii_lowercase + string.digits + string.punctuation
+
+
+def markov_chain(states, successors, length, seed):
+    """A random chain in which each state has few successors: (documents, meta).
+
+    Its entropy, the least loss a model can reach, is exact: entropy_rate nats for every token but
+    the first of a sequence, which costs first_nats."""
+    rng = np.random.default_rng(seed)
+    transitions = np.zeros((states, states))
+    for row in transitions:
+        row[rng.choice(states, successors, replace=False)] = rng.dirichlet(np.ones(successors))
+    stationary = np.ones(states) / states
+    for _ in range(10_000):  # power iteration, damped so that a periodic chain converges too
+        stationary = 0.5 * stationary + 0.5 * stationary @ transitions
+    uniform = rng.random(length)
+    state = rng.choice(states, p=stationary / stationary.sum())
+    cumulative = transitions.cumsum(1)
+    cumulative /= cumulative[:, -1:]  # up to exactly 1
+    text = ""
+    for u in uniform:
+        text += STATES[state]
+        state = np.searchsorted(cumulative[state], u, side="right")
+    tenth = length // 10
+    return [("val", text[:tenth]), ("train", text[tenth:])], {
+        "tokenizer": {"kind": "char", "chars": STATES[:states], "vocab_size": states, "end": None},
+        "first_nats": entropy(stationary),
+        "entropy_rate": stationary @ [entropy(row) for row in transitions],
+        "transitions": transitions.tolist(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,12 +374,12 @@ def learn_bpe(text, vocab_size):
 
     counts = Counter(regex.findall(WORDS, text))
     occurrences = np.array([*counts.values(), 0])
-    # all different words as one string: a character is a token, and 255, a byte that no text has,
-    # stands between words
+    # All different words as one string. A character of it is a token; between words stands byte
+    # 255, which no text has.
     words = b"\xff".join(word.encode() for word in counts).decode("latin-1")
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < vocab_size:
-        ids = np.array([words]).view(np.uint32).astype(int)
+        ids = np.array([words]).view(np.uint32).astype(np.int64)
         between = ids == 255
         weight = occurrences[between.cumsum()] * ~between
         pairs = ids[:-1] * len(tokens) + ids[1:]
@@ -429,6 +463,7 @@ def load_tokenizer(description):
 
 
 def load_chars(chars):
+    """The same for a vocabulary of characters."""
     ids = {c: i for i, c in enumerate(chars)}
 
     def encode(text):
@@ -441,46 +476,13 @@ def load_chars(chars):
 
 
 # ---------------------------------------------------------------------------------------------
-# Writing. A piece is (part, tokens to write, those of them that are scored, their text)
+# Writing
 
 
 def entropy(counts):
     """Entropy in nats of the distribution that an array of counts (or probabilities) gives."""
     p = counts[counts > 0] / counts.sum()
     return -(p * np.log(p)).sum()
-
-
-# the names of the states of a chain
-STATES = string.ascii_uppercase + string.ascii_lowercase + string.digits + string.punctuation
-
-
-def markov_chain(states, successors, length, seed):
-    """A random chain in which each state has few successors: (documents, meta).
-
-    Its entropy, the least loss a model can reach, is exact: entropy_rate nats for every token but
-    the first of a sequence, which costs first_nats."""
-    rng = np.random.default_rng(seed)
-    transitions = np.zeros((states, states))
-    for row in transitions:
-        row[rng.choice(states, successors, replace=False)] = rng.dirichlet(np.ones(successors))
-    stationary = np.ones(states) / states
-    for _ in range(10_000):  # power iteration, damped so that a periodic chain converges too
-        stationary = 0.5 * stationary + 0.5 * stationary @ transitions
-    uniform = rng.random(length)
-    state = rng.choice(states, p=stationary / stationary.sum())
-    cumulative = transitions.cumsum(1)
-    cumulative /= cumulative[:, -1:]
-    text = ""
-    for u in uniform:
-        text += STATES[state]
-        state = np.searchsorted(cumulative[state], u, side="right")
-    tenth = length // 10
-    return [("val", text[:tenth]), ("train", text[tenth:])], {
-        "tokenizer": {"kind": "char", "chars": STATES[:states], "vocab_size": states, "end": None},
-        "first_nats": entropy(stationary),
-        "entropy_rate": stationary @ [entropy(row) for row in transitions],
-        "transitions": transitions.tolist(),
-    }
 
 
 @contextlib.contextmanager
@@ -509,7 +511,7 @@ def write_dataset(folder, documents, meta):
     ends = [] if end is None else [end]
     dtype = "uint16" if size <= 65536 else "uint32"
     meta.update(vocab_size=size, dtype=dtype, train_tokens=0, val_tokens=0)
-    n_bytes, counts = 0, np.zeros(size, int)
+    n_bytes, counts = 0, np.zeros(size, np.int64)
     with new_folder(folder) as temporary:
         for part, document in documents:
             texts = [document] if isinstance(document, str) else document
@@ -644,10 +646,10 @@ SOURCES = {
     "alldocs": lambda s: split(pydocs(PACKAGES)),
     "shakespeare": lambda s: cut(shakespeare()),
     "text": lambda s: cut(read_text(s.input)),
-    "openwebtext": lambda s: split(row["text"] for row in stream("Skylion007/openwebtext")),
+    "openwebtext": lambda s: stream("Skylion007/openwebtext", "text"),
     "math": lambda s: math_problems(s.difficulty, s.problems, s.seed),
     "problems": lambda s: [*read_problems("train", s.input), *read_problems("val", s.test)],
-    "tinygsm": lambda s: split((r["question"], r["code"]) for r in stream("TinyGSM/TinyGSM")),
+    "tinygsm": lambda s: stream("TinyGSM/TinyGSM", "question", "code"),
 }
 SAMPLE = 100_000
 TOKENIZERS = {"math": "bpe:512", "tinygsm": "gpt2", "openwebtext": "gpt2"}
@@ -677,7 +679,7 @@ class Settings:
 
 
 def learn_tokenizer(documents, s):
-    """(documents, the beginnings of their meta)"""
+    """(documents, the beginnings of their meta). The first documents are enough to learn from."""
     documents = iter(documents)
     sample = list(itertools.islice(documents, SAMPLE))
     kind = TOKENIZERS.get(s.name, "bpe:1024") if s.tokenizer == "auto" else s.tokenizer
