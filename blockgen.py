@@ -576,15 +576,12 @@ def draw_noise(key, rows, stratum, block_size, length, t_min):
 
 
 def find_device(name):
-    """The device of a --device flag; auto is cuda where there is one, else cpu. Under torchrun each
-    process has its own GPU. Raises ValueError."""
+    """The device of a --device flag; auto is cuda where there is one, else cpu. Raises ValueError.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device={name}: there is no such device here") from None
     if device.type == "cuda":
@@ -647,10 +644,8 @@ def convert(source):
     """The content of a checkpoint from config.json and model.safetensors in a folder, or at
     hf:org/repo/folder. Raises ValueError, OSError or ImportError."""
     folder = download(source[3:]) if source.startswith("hf:") else source
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ImportError("published weights need safetensors: pip install safetensors") from None
+    from safetensors.torch import load_file
+
     try:
         with open(os.path.join(folder, "config.json")) as file:
             c = json.load(file)
@@ -681,10 +676,8 @@ def convert(source):
 
 def download(name):
     """The folder of org/repo/folder of the Hugging Face hub, on this machine."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError("hf: needs huggingface_hub: pip install huggingface_hub") from None
+    from huggingface_hub import snapshot_download
+
     org, repo, folder = name.split("/", 2)
     return os.path.join(snapshot_download(f"{org}/{repo}", allow_patterns=f"{folder}/*"), folder)
 
@@ -738,7 +731,7 @@ class Conversion:
 
 
 def main():
-    values, _ = parse_flags(__doc__, Conversion, positional=("source", "target"))
+    values = parse_flags(__doc__, Conversion, positional=("source", "target"))
     if not values["target"]:
         raise ValueError("say python blockgen.py FROM OUT.pt")
     save_checkpoint(values["target"], **convert(values["source"]))

@@ -5,7 +5,7 @@
     python prepare_data.py markov           # a chain whose entropy is known exactly
     python prepare_data.py math             # word problems; --difficulty=2, 3 or 4 operations
     python prepare_data.py shakespeare      # downloads 1.1 MB
-    python prepare_data.py text --input=book.txt --tokenizer=bpe:1024|char|gpt2|tokenizer.json
+    python prepare_data.py text --input=book.txt --tokenizer=bpe:1024   # or char, gpt2
     python prepare_data.py problems --input=train.jsonl --test=test.jsonl   # GSM8K's form, or yours
     python prepare_data.py tinygsm          # needs the package datasets, disk and hours
     python prepare_data.py openwebtext      # so does this
@@ -393,46 +393,19 @@ def learn_bpe(text, vocab_size):
 
 
 def make_tokenizer(kind, text):
-    """The description of a tokenizer. kind: bpe:SIZE or char, learned from the text; gpt2; or the
-    path of a tokenizer.json. Raises ValueError, OSError or ImportError."""
+    """The description of a tokenizer. kind: bpe:SIZE or char, learned from the text; or gpt2.
+    Raises ValueError."""
     if kind == "gpt2":
         return {"kind": "gpt2", "vocab_size": 50257, "end": 50256}
-    if kind.endswith(".json"):
-        text = read_text(kind)
-        tokenizer = load_json(text)
-        size, end = tokenizer.get_vocab_size(), tokenizer.token_to_id(END)
-        return {"kind": "json", "json": text, "vocab_size": size, "end": end}
     if kind == "char":
         chars = sorted(set(text))
         return {"kind": "char", "chars": chars, "vocab_size": len(chars), "end": None}
     size = re.fullmatch(r"bpe:(\d+)", kind)
     if not size or not 257 <= int(size[1]) <= 65536:
-        kinds = "char, gpt2, a tokenizer.json or bpe:SIZE with SIZE from 257 to 65536"
+        kinds = "char, gpt2 or bpe:SIZE with SIZE from 257 to 65536"
         raise ValueError(f"tokenizer must be {kinds}, not {kind}")
     tokens = [token.hex() for token in learn_bpe(text, int(size[1]) - 1)]
     return {"kind": "bpe", "tokens": tokens, "vocab_size": len(tokens) + 1, "end": len(tokens)}
-
-
-def load_json(text):
-    """The tokenizer in the text of a tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the package has no class of its own
-        raise ValueError(f"this is no tokenizer.json: {error}") from None
-    tokenizer.encode_special_tokens = True  # no text can spell the end token
-    return tokenizer
-
-
-def read_tokenizer(path, vocab_size):
-    """The description of the tokenizer of published weights: the tokenizer.json at the path; if
-    there is none, GPT-2's, and texts start with its end token as they did in training."""
-    if os.path.exists(path):
-        return {**make_tokenizer(path, ""), "vocab_size": vocab_size}
-    if vocab_size not in (50257, 50258):  # 50258 has a [PAD]
-        raise ValueError(f"{path} is missing, and {vocab_size} tokens are not GPT-2's")
-    return {"kind": "gpt2", "vocab_size": vocab_size, "end": 50256, "start": 50256}
 
 
 def load_tokenizer(description):
@@ -441,10 +414,6 @@ def load_tokenizer(description):
     kind = description["kind"]
     if kind == "char":
         return load_chars(description["chars"])
-    if kind == "json":
-        tokenizer = load_json(description["json"])
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-        return encode, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
     import tiktoken
 
     if kind == "gpt2":
@@ -565,6 +534,8 @@ def run_script(main):
         os._exit(1)
     except (ValueError, OSError, ImportError) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            message += f" (pip install {error.name.split('.')[0]})"
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -577,8 +548,8 @@ def comments(settings):
 
 
 def parse_flags(description, *classes, argv=None, defaults=None, positional=()):
-    """Flags for the commented fields of dataclasses: ({name: value}, set of the names that were
-    given). defaults: beat the fields' own. Raises ValueError."""
+    """{name: value} of flags for the commented fields of dataclasses. defaults: beat the fields'
+    own. Raises ValueError."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -601,8 +572,7 @@ def parse_flags(description, *classes, argv=None, defaults=None, positional=()):
             if isinstance(default, bool) or name in positional:
                 options |= dict(nargs="?", const=True)  # --NAME is --NAME=true
             parser.add_argument(flag, **options)
-    given = vars(parser.parse_args(argv))
-    return values | given, set(given)
+    return values | vars(parser.parse_args(argv))
 
 
 def reader(default):
@@ -612,7 +582,7 @@ def reader(default):
         return bool(["false", "true"].index(text.lower()))
 
     def comma_separated(text):
-        read = reader(default[0] if default else "")
+        read = reader(default[0] if default else 0.0)
         return [read(part) for part in text.split(",")]
 
     return {bool: boolean, tuple: comma_separated}.get(type(default), type(default))
@@ -661,7 +631,7 @@ class Settings:
     data_dir: str = "data"  # it becomes a folder in here
     input: str = ""  # text, problems: the file to read
     test: str = ""  # problems: the file with those for validation
-    tokenizer: str = "auto"  # bpe:SIZE, char, gpt2 or a tokenizer.json; auto: what suits the data
+    tokenizer: str = "auto"  # bpe:SIZE, char or gpt2; auto: what suits the data
     states: int = 64  # markov: how many, at least 2, at most 94
     successors: int = 8  # markov: of each state, at least 1
     tokens: int = 1_000_000  # markov: how many to draw, at least 10
@@ -702,7 +672,7 @@ def prepare(*name_and_data_dir, **settings):
 
 
 def main():
-    values, _ = parse_flags(__doc__, Settings, positional=["name"])
+    values = parse_flags(__doc__, Settings, positional=["name"])
     meta = prepare(**values)
     print(os.path.join(values["data_dir"], values["name"]))
     for name, value in meta.items():

@@ -422,10 +422,8 @@ def print_table(model, given, stop, judge, flags, options):
 def plot(panels, path, xlabel, ylabel):
     """A picture of panels {title: {label: points (x, y, error of y)}}, side by side. Raises
     ImportError."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib.pyplot as plt
+
     size = 5.5 * len(panels), 4
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for panel, (title, lines) in zip(axes[0], panels.items()):
@@ -548,7 +546,7 @@ def sample(path, flags, options):
 
 
 def main():
-    values, _ = parse_flags(__doc__, Flags, Options)
+    values = parse_flags(__doc__, Flags, Options)
     flags = from_values(Flags, values)
     options = asdict(from_values(Options, values))
     tables = [sample(path, flags, options) for path in flags.ckpt]

@@ -55,7 +55,6 @@ from prepare_data import (
     parse_flags,
     part_of,
     prepare,
-    read_tokenizer,
     solve,
 )
 from sample import AR_CRITERIA, CRITERIA, SAMPLERS, generate
@@ -2234,55 +2233,9 @@ def test_gpt2_vocabulary(tmp_path):
     path.write_text("Hello world, how are you?\n" * 20)
     meta = prepare("text", tmp_path, input=str(path), tokenizer="gpt2")
     assert meta["vocab_size"] == 50257
-    published = read_tokenizer(tmp_path / "tokenizer.json", 50258)
-    assert published["vocab_size"] == 50258
-    encode, decode = load_tokenizer(published)
+    encode, decode = load_tokenizer(meta["tokenizer"])
     assert encode("Hello world") == [15496, 995]
     assert decode([50257, 15496, 50257, 995]) == "Hello world"  # [PAD] is dropped
-
-
-def test_vocabulary_of_published_weights(tmp_path):
-    assert read_tokenizer(tmp_path / "tokenizer.json", 50257)["start"] == 50256
-    with pytest.raises(ValueError, match="tokenizer.json"):
-        read_tokenizer(tmp_path / "tokenizer.json", 1000)
-
-
-@pytest.fixture
-def tokenizer_json(tmp_path):
-    """The path of a tokenizer.json with a word for each word."""
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {word: i for i, word in enumerate(["the", "cat", "sat", END, "?"])}
-    model = tokenizers.models.WordLevel(words, unk_token="?")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens([END])
-    path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer.to_str())
-    return path
-
-
-def test_tokenizer_json(tokenizer_json, tmp_path):
-    path = tmp_path / "in.txt"
-    path.write_text("the cat sat the cat sat " * 20)
-    meta = prepare("text", tmp_path, input=str(path), tokenizer=str(tokenizer_json))
-    assert meta["tokenizer"]["end"] == 3
-    _, val, read = open_data(tmp_path / "text")
-    assert val[-1] == 3
-    encode, decode = load_tokenizer(read["tokenizer"])
-    assert encode("the cat sat") == [0, 1, 2]
-    assert decode([0, 1, 3]) == f"the cat {END}"
-    assert 3 not in encode(f"the {END}")
-    assert read_tokenizer(str(tokenizer_json), 6)["vocab_size"] == 6
-
-
-def test_tokenizer_json_says_what_is_missing(tokenizer_json, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="tokenizers"):
-        make_tokenizer(str(tokenizer_json), "")
-    monkeypatch.undo()
-    tokenizer_json.write_text("{}")
-    with pytest.raises(ValueError, match="no tokenizer.json"):
-        make_tokenizer(str(tokenizer_json), "")
 
 
 # ----------------------------------------------------------------------------------------------

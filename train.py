@@ -43,7 +43,6 @@ from prepare_data import (
     prepare,
     run_script,
 )
-from sample import plot
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ class Settings:
     seed: int = 0  # of everything random, at least 0, at most 9e18
     # the objective
     block_sizes: tuple = (1, 16)  # block sizes S to mix, at least 1, no more than L
-    block_weights: tuple = (0.5, 0.5)  # share of each in the loss, at least 1e-9
+    block_weights: tuple = ()  # how much each counts in the loss, at least 1e-9; empty: alike
     loss: str = "nelbo"  # nelbo | ce: the bound on the likelihood, or (masked noise) unweighted
     # optimization
     max_iters: int = 1800  # steps, at least 1
@@ -80,9 +79,7 @@ class Settings:
     # evaluation
     eval_interval: int = 300  # steps from one evaluation, with its checkpoint, at least 1
     eval_seqs: int = 64  # validation sequences, with always the same noise, at least 2
-    eval_only: bool = False  # no training: a table of the likelihood
-    compare: tuple = ()  # with --eval_only: checkpoints, side by side
-    plot: str = ""  # with --eval_only: NELBO by block size, PNG (needs matplotlib)
+    eval_only: bool = False  # no training: the likelihood of OUT_DIR/ckpt.pt, as a table
     eval_block_sizes: tuple = (1, 2, 4, 8, 16, 10**9)  # with --eval_only; at least 1, up to L
     eval_draws: int = 8  # with --eval_only: draws of the noise for a sequence, at least 1
     # the machine
@@ -93,14 +90,10 @@ class Settings:
     def __post_init__(self):
         check_settings(self)
         sizes, weights = self.block_sizes, self.block_weights
-        if len(sizes) != len(weights) or len(sizes) != len(set(sizes)):
+        if len(sizes) != len(set(sizes)) or len(weights) not in (0, len(sizes)):
             raise ValueError("--block_sizes must differ, and have one of --block_weights each")
-        if abs(sum(weights) - 1) > 1e-6:
-            raise ValueError(f"--block_weights must sum to 1, not {sum(weights):g}")
         if self.batch_size % self.grad_accum:
             raise ValueError("--batch_size must be a multiple of --grad_accum")
-        if (self.compare or self.plot) and not self.eval_only:
-            raise ValueError("--compare and --plot go with --eval_only")
 
 
 PRESETS = {
@@ -129,7 +122,7 @@ PRESETS = {
         tied=False,
         noisy_gain=1.0,
         ar="paper",
-        block_weights=[0.05, 0.95],
+        block_weights=(0.05, 0.95),
         loss="ce",
         batch_size=512,
         grad_accum=64,
@@ -192,6 +185,12 @@ def draw_batch(run, args, rows):
     chosen = (random_numbers(*key, 4, rows) * len(run.train)).long()
     batch = *read_rows(run.train, chosen, run.meta), block_size, t.float(), u
     return [x.to(run.device, non_blocking=True) for x in batch]
+
+
+def shares(args):
+    """The share of each block size in the loss, or in the mixture that is a language model."""
+    weights = args.block_weights or [1.0] * len(args.block_sizes)
+    return [weight / sum(weights) for weight in weights]
 
 
 def mixture(sizes, weights, ar):
@@ -296,10 +295,10 @@ def report(run, args):
     """Evaluate; keep the weights if they are the best so far. A line of text."""
     n_seqs = min(args.eval_seqs, len(run.val))
     words, figures, loss = [], {}, 0.0
-    for S, weight in zip(args.block_sizes, args.block_weights):
+    for S, share in zip(args.block_sizes, shares(args)):
         losses, _ = evaluate(run.average, run.val, run.meta, S, n_seqs)
         figures[S] = nats, error = mean_and_error(losses)
-        loss += weight * nats
+        loss += share * nats
         bits = nats / math.log(2) / run.meta["bytes_per_token"]
         words.append(f"S={S}: {nats:.4f} ± {error:.4f} nats, {bits:.3f} bits/byte")
     if loss < run.best_loss:
@@ -326,7 +325,7 @@ def start(args, config):
     run = SimpleNamespace(stop=[], unread=None, recent=0.0, best=None, best_loss=math.inf, step=0)
     run.device, run.autocast = set_up_device(args)
     run.train, run.val, run.meta = load_data(args, config.seq_len)
-    run.sizes, run.weights, run.ar_weight = mixture(args.block_sizes, args.block_weights, config.ar)
+    run.sizes, run.weights, run.ar_weight = mixture(args.block_sizes, shares(args), config.ar)
     torch.manual_seed(args.seed)
     run.model = make_model(args, config, run.meta).to(run.device)
     run.average = copy.deepcopy(run.model).eval()
@@ -457,46 +456,33 @@ def mixture_bounds(total, weights):
     return jensen, (r * total + torch.special.xlogy(r, r / w)).sum(0)
 
 
-def eval_only(args, given):
-    """Print, and perhaps draw, the likelihood of OUT_DIR/ckpt.pt or of those of --compare."""
+@torch.no_grad()
+def eval_only(args):
+    """Print the likelihood of OUT_DIR/ckpt.pt on validation data, by block size and under the
+    mixture. Raises ValueError."""
     device, _ = set_up_device(args)
-    panels = {}
-    for path in args.compare or [os.path.join(args.out_dir, "ckpt.pt")]:
-        model, content = load_checkpoint(path, device)
-        # the checkpoint knows its data and its mixture, where no flag tells
-        flags = vars(args) | content["args"] | {name: getattr(args, name) for name in given}
-        print(f"{path}: {model.config.noise} noise, {content['step']} steps")
-        points = print_likelihood(model, SimpleNamespace(**flags))
-        panels.setdefault(model.config.noise, {})[path] = points
-    if args.plot:
-        plot(panels, args.plot, "block size", "NELBO, nats per token")
-
-
-def print_likelihood(model, args):
-    """The likelihood on the validation data of the flags, by block size and under the mixture.
-    Returns (block size, nats, error) for a plot. Raises ValueError."""
+    model, content = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt"), device)
     L = model.config.seq_len
     _, data, meta = open_rows(os.path.join(args.data_dir, args.dataset), L)
-    if meta["vocab_size"] > model.config.vocab_size or max(args.block_sizes) > L:
-        raise ValueError("the model has fewer tokens, or is shorter, than the flags ask for")
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise ValueError("the model has fewer tokens than the data")
     n_seqs = min(args.eval_seqs, len(data))
     losses = {}
     for S in sorted({min(L, S) for S in args.eval_block_sizes} | set(args.block_sizes)):
         losses[S], lengths = evaluate(model, data, meta, S, n_seqs, args.eval_draws)
-    points = [(S, *mean_and_error(x)) for S, x in losses.items()]
     total = torch.stack([losses[S].mean(0) for S in args.block_sizes]) * lengths
-    jensen, log_sum_exp = mixture_bounds(total, args.block_weights)
+    jensen, log_sum_exp = mixture_bounds(total, shares(args))
     losses["mixture: Jensen"] = jensen[None] / lengths
     losses["mixture: log-sum-exp"] = log_sum_exp[None] / lengths
     if "entropy_rate" in meta:
         truth = (meta["first_nats"] + (L - 1) * meta["entropy_rate"]) / L
         losses["true entropy"] = torch.full((1, n_seqs), truth)
+    print(f"{model.config.noise} noise, {content['step']} steps, {n_seqs} sequences")
     print(f"{'block size':>20}     nats   ± s.e. bits/byte perplexity")
     for name, x in losses.items():
         nats, error = mean_and_error(x)
         bits = nats / math.log(2) / meta["bytes_per_token"]
         print(f"{name:>20} {nats:8.4f} {error:8.4f} {bits:9.4f} {math.exp(nats):10.2f}")
-    return points
 
 
 # ----------------------------------------------------------------------------------------------
@@ -504,33 +490,30 @@ def print_likelihood(model, args):
 
 
 def read_flags(argv=None):
-    """(Settings, Config, names of the flags that were given). Flags beat the checkpoint's
-    (--resume), which beat the preset's, which beat the defaults. Raises ValueError."""
-    values, given = parse_flags(__doc__, Settings, Config, argv=argv)
+    """(Settings, Config). Flags beat the checkpoint's (--resume, --eval_only) or the preset's, and
+    those beat the defaults. Raises ValueError."""
+    values = parse_flags(__doc__, Settings, Config, argv=argv)
     preset = values["preset"]
     if preset == "auto":
         preset = "gpu" if find_device(values["device"]).type == "cuda" else "cpu"
     defaults = PRESETS.get(preset, {})
-    if values["resume"]:
+    if values["resume"] or values["eval_only"]:
         saved = read_checkpoint(os.path.join(values["out_dir"], "ckpt.pt"))
-        kept = {name: values[name] for name in ("resume", "out_dir", "device")}
+        kept = {name: values[name] for name in ("resume", "eval_only", "out_dir", "device")}
         defaults = asdict(saved["config"]) | saved["args"] | kept
-    values, given = parse_flags(__doc__, Settings, Config, argv=argv, defaults=defaults)
-    if "block_sizes" in given and "block_weights" not in given:
-        values["block_weights"] = [1 / len(values["block_sizes"])] * len(values["block_sizes"])
-        given.add("block_weights")
+    values = parse_flags(__doc__, Settings, Config, argv=argv, defaults=defaults)
     args, config = from_values(Settings, values), from_values(Config, values)
     if max(args.block_sizes) > config.seq_len:
         raise ValueError(f"--block_sizes must be at most --seq_len={config.seq_len}")
     if args.loss == "ce" and config.noise == "uniform":
         raise ValueError("--loss=ce is for masked noise: use --loss=nelbo with --noise=uniform")
-    return args, config, given
+    return args, config
 
 
 def main():
-    args, config, given = read_flags()
+    args, config = read_flags()
     if args.eval_only:
-        eval_only(args, given)
+        eval_only(args)
     else:
         train(args, config)
 
