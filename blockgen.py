@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import block_attention, causal_view, denoise_view, train_view, verify_view
+from kernels import block_attention, denoise_view, train_view, verify_view
 from prepare_data import check_settings, parse_flags, run_script
 
 
@@ -331,7 +331,7 @@ class BlockGen(Transformer):
         shift = self.config.ar == "shift"
         positions = torch.arange(L, device=x0.device)
         if shift and bool((block_size == 1).all()):  # nothing is read from the noisy half
-            view = causal_view(0, L, x0.device)
+            view = denoise_view(0, L, 0, device=x0.device)
             ar = self.predict_next(self.states(x0, L, positions, view))
             return ar, ar
         view = train_view(L, block_size, self.config.token_causal, x0.device)
@@ -443,7 +443,7 @@ class BlockGen(Transformer):
         start, n = cache.length, x.shape[1]
         positions = torch.arange(start, start + n, device=x.device)
         if self.config.ar == "shift":
-            view = causal_view(start, n)
+            view = denoise_view(start, n, 0)
             states = self.states(x, n, positions, view, cache)
             before = torch.cat([cache.state, states[:, :-1]], 1)
             return self.logits(before)

@@ -85,18 +85,11 @@ def train_view(length, block_size, token_causal=True, device=None):
 
 
 @functools.lru_cache(maxsize=4)
-def causal_view(begin, n, device=None):
-    """n queries at positions begin, begin + 1, ...: each sees the keys up to its own."""
-    prefix = begin + 1 + torch.arange(n, device=device)
-    nothing = torch.zeros_like(prefix)
-    return View(prefix, nothing, nothing)
-
-
-@functools.lru_cache(maxsize=4)
 def denoise_view(cached, committed, n, block_size=None, device=None):
     """Generation: queries [newly committed clean (c) | noisy (n)], keys [cache (C) | queries].
 
-    Clean tokens are token-causal, or, with a block_size, block-causal."""
+    Clean tokens are token-causal, or, with a block_size, block-causal. With n = 0 that is the mask
+    of an autoregressive model."""
     query = torch.arange(committed + n, device=device)
     size = block_size or 1
     block_end = (query // size + 1) * size
@@ -358,21 +351,25 @@ def launch(head_size, itemsize, backward):
 
 
 class TritonAttention(torch.autograd.Function):
+    """block_attention in Triton."""
+
     @staticmethod
     def forward(ctx, q, k, v, view):
         N, H, n_queries, D = q.shape
         n_keys = k.shape[2]
+        q = q.contiguous()
+        k = k.contiguous()  # a cache is contiguous, so that it is never copied
+        v = v.contiguous()
         options = launch(D, q.element_size(), backward=False)
         key = n_keys, options["TILE"], q.device
         bounds, by_query, by_key = view.plan(key, lambda: make_tables(view, *key))
         o = torch.empty_like(q)
         lse = q.new_empty((N, H, bounds.shape[1]), dtype=torch.float32)
         scale = math.log2(math.e) / math.sqrt(D)  # log2(e), for the kernels use exp2 and log2
-        sizes = scale, n_queries, n_keys, len(bounds)
+        ctx.sizes = scale, n_queries, n_keys, len(bounds)
         grid = by_query.shape[1], H, N
-        forward_kernel[grid](q, k, v, bounds, o, lse, by_query, *sizes, **options)
+        forward_kernel[grid](q, k, v, bounds, o, lse, by_query, *ctx.sizes, **options)
         ctx.save_for_backward(q, k, v, o, lse, bounds, by_key)
-        ctx.sizes = sizes
         return o
 
     @staticmethod
@@ -391,12 +388,7 @@ class TritonAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk, dv, None
 
 
-def attention_triton(q, k, v, view):
-    """block_attention in Triton. A cache is contiguous, so that it is never copied."""
-    q = q.contiguous()
-    k = k.contiguous()
-    v = v.contiguous()
-    return TritonAttention.apply(q, k, v, view)
+attention_triton = TritonAttention.apply
 
 
 @functools.cache
