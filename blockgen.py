@@ -93,8 +93,11 @@ class Block(nn.Module):
         self.attn_qkv = nn.Linear(d, 3 * d, bias=False)
         self.attn_out = nn.Linear(d, d, bias=False)
         self.norm2 = nn.LayerNorm(d)
-        gelu = nn.GELU(approximate="tanh")
-        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), gelu, nn.Linear(4 * d, d))
+        self.mlp = nn.Sequential(
+            nn.Linear(d, 4 * d),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * d, d),
+        )
 
     def forward(self, x, cos, sin, view, cache=None):
         N, Q, d = x.shape
@@ -107,8 +110,10 @@ class Block(nn.Module):
             k, v = cache.write(self.layer, k, v)
         o = block_attention(q, k, v, view)  # (N, H, Q, D)
         o = o.transpose(1, 2).reshape(N, Q, d)
-        x = x + F.dropout(self.attn_out(o), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+        h = self.attn_out(o)
+        x = x + F.dropout(h, self.dropout, self.training)
+        h = self.mlp(self.norm2(x))
+        return x + F.dropout(h, self.dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -131,8 +136,9 @@ class Transformer(nn.Module):
 
     def states(self, tokens, n_clean, positions, view, cache=None):
         """tokens (N, Q), the first n_clean of them clean, at positions (Q,) -> (N, Q, d)."""
-        index = torch.arange(tokens.shape[1], device=tokens.device)[:, None]  # (Q, 1)
-        gain = torch.where(index < n_clean, 1.0, self.noisy_gain)
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        is_clean = index[:, None] < n_clean  # (Q, 1)
+        gain = torch.where(is_clean, 1.0, self.noisy_gain)
         if self.config.tied:
             gain = gain * math.sqrt(self.config.n_embd)
         x = self.embedding(tokens) * gain  # (N, Q, d)
@@ -327,24 +333,21 @@ class BlockGen(Transformer):
 
         The diffusion side reads a prediction at the noisy token itself, and so does the AR side
         under ar="paper". Under ar="shift" it reads it at the clean token before."""
-        L = x0.shape[1]
+        N, L = x0.shape
         shift = self.config.ar == "shift"
         positions = torch.arange(L, device=x0.device)
         if shift and bool((block_size == 1).all()):  # nothing is read from the noisy half
             view = denoise_view(0, L, 0, device=x0.device)
-            ar = self.predict_next(self.states(x0, L, positions, view))
-            return ar, ar
-        view = train_view(L, block_size, self.config.token_causal, x0.device)
-        tokens = torch.cat([x0, xt], 1)  # (N, 2 L)
-        states = self.states(tokens, L, positions.repeat(2), view)
-        clean, noisy = states.split(L, 1)
-        return noisy, self.predict_next(clean) if shift else noisy
-
-    def predict_next(self, clean):
-        """Move each state (N, L, d) of a clean token to the token that it predicts, the next."""
-        first = self.first.to(clean.dtype)
-        first = first.expand(len(clean), 1, -1)
-        return torch.cat([first, clean[:, :-1]], 1)
+            clean = noisy = self.states(x0, L, positions, view)
+        else:
+            view = train_view(L, block_size, self.config.token_causal, x0.device)
+            tokens = torch.cat([x0, xt], 1)  # (N, 2 L)
+            states = self.states(tokens, L, positions.repeat(2), view)
+            clean, noisy = states.split(L, 1)
+        if not shift:
+            return noisy, noisy
+        first = self.first.expand(N, 1, -1).to(clean.dtype)
+        return noisy, torch.cat([first, clean[:, :-1]], 1)
 
     def forward(self, x0, xt, block_size):
         """Logits (N, L, V) of x0 from clean x0 and noisy xt (N, L), block_size an int or (N,)."""
@@ -516,10 +519,11 @@ def look_back(block, cos, sin):
     unrotated = torch.cat([torch.ones_like(cos), torch.zeros_like(sin)])  # (D,)
     query = strength * unrotated  # (H, D)
     key = strength * torch.cat([cos, sin])
-    nothing = torch.zeros(d)  # for the values
-    constant = torch.cat([query.flatten(), key.flatten(), nothing])[:, None]  # (3 d, 1)
+    value = torch.zeros_like(key)
+    constant = torch.cat([query, key, value]).view(3 * d, 1)
     weight = block.attn_qkv.weight
-    weight += constant / d - weight.mean(1, keepdim=True)
+    weight -= weight.mean(1, keepdim=True)
+    weight += constant / d
     nn.init.ones_(block.norm1.bias)
 
 
@@ -626,14 +630,12 @@ def load_weights(model, weights, path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """(model in evaluation mode, dict of its meta, args and step), with the weights that did best
-    in validation. Raises ValueError or OSError."""
+    """(model in evaluation mode, content of the checkpoint), with the weights that did best in
+    validation. Raises ValueError or OSError."""
     content = read_checkpoint(path, device)
     model = BlockGen(content["config"])
-    weights = content.get("best") or content.get("average") or content["model"]
-    load_weights(model, weights, path)
-    about = {k: content[k] for k in ("meta", "args", "step")}
-    return model.to(device).eval(), about
+    load_weights(model, content.get("best") or content["model"], path)
+    return model.to(device).eval(), content
 
 
 # ----------------------------------------------------------------------------------------------
@@ -671,7 +673,8 @@ def convert(source):
         raise ValueError(f"{source} does not have the published layout ({reason})") from None
     tokenizer = dict(kind="gpt2", vocab_size=config.vocab_size, start=50256, end=50256)
     meta = {"tokenizer": tokenizer, "vocab_size": config.vocab_size}
-    return dict(config=asdict(config), model=model.state_dict(), meta=meta, args={}, step=0)
+    weights = model.state_dict()
+    return dict(config=asdict(config), model=weights, meta=meta, args={}, step=0)
 
 
 def download(name):

@@ -132,9 +132,14 @@ def tile_states(seen, tile):
     another, 2 where all see all, 1 otherwise. The last tiles are filled up with what is not seen.
     """
     n_queries, n_keys = seen.shape[1:]
-    seen = F.pad(seen, (0, -n_keys % tile, 0, -n_queries % tile))
-    tiles = seen.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))  # (R, QT, tile, KT, tile)
-    return tiles.any(4).any(2).int() + tiles.all(4).all(2)
+    more_queries = -n_queries % tile
+    more_keys = -n_keys % tile
+    seen = F.pad(seen, (0, more_keys, 0, more_queries))
+    tiles = seen.unflatten(2, (-1, tile))
+    tiles = tiles.unflatten(1, (-1, tile))  # (R, QT, tile, KT, tile)
+    some = tiles.any(4).any(2)
+    whole = tiles.all(4).all(2)
+    return some.int() + whole
 
 
 def join(pieces, chosen):
@@ -150,16 +155,22 @@ def make_masks(view, q):
     Few queries are fastest as one tile. So is everything on a GPU that the kernels do not serve, at
     the price of the whole matrix of scores."""
     n_queries = q.shape[2]
-    n_keys = max(1, int(torch.maximum(view.prefix, view.end).max()))
+    last_key = torch.maximum(view.prefix, view.end).max()
+    n_keys = max(1, int(last_key))
     in_tiles = n_queries > 128 and q.device.type == "cpu"
     tile = 64 if in_tiles else max(n_queries, n_keys)
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)
+    states = tile_states(seen, tile).amax(0)  # (QT, KT)
     masks = []
-    for states, rows in zip(tile_states(seen, tile).amax(0), seen.split(tile, 1)):
-        tiles = states.nonzero()[:, 0].tolist() or [0]
-        seen_there = join(rows.mT.split(tile, 1), tiles).mT  # (R, tile, keys)
-        mask = torch.where(seen_there, 0.0, -math.inf)[:, None].to(q.device, q.dtype)
-        masks.append((tiles, None if seen_there.all() else mask))
+    for row, queries in zip(states, seen.split(tile, 1)):
+        tiles = row.nonzero()[:, 0].tolist() or [0]
+        key_tiles = queries.mT.split(tile, 1)
+        seen_there = join(key_tiles, tiles).mT  # (R, tile, keys)
+        mask = None
+        if not seen_there.all():
+            mask = torch.where(seen_there, 0.0, -math.inf)
+            mask = mask[:, None].to(q.device, q.dtype)  # (R, 1, tile, keys)
+        masks.append((tiles, mask))
     return n_keys, tile, masks
 
 
@@ -173,8 +184,9 @@ def attention_torch(q, k, v, view):
     for q_tile, (tiles, mask) in zip(q.split(tile, 2), masks):
         keys = join(k_tiles, tiles)
         values = join(v_tiles, tiles)
-        outputs.append(F.scaled_dot_product_attention(q_tile, keys, values, mask))
-    return join(outputs, range(len(outputs)))
+        o = F.scaled_dot_product_attention(q_tile, keys, values, mask)
+        outputs.append(o)
+    return torch.cat(outputs, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,8 +209,10 @@ def make_tables(view, n_keys, tile, device):
     n_queries = bounds.shape[-2]
     bounds = bounds.view(-1, n_queries, 3).int()
     padding = bounds[:, -1:].expand(-1, -n_queries % tile, -1)
-    states = tile_states(view.dense(n_keys).view(-1, n_queries, n_keys), tile)
-    tables = torch.cat([bounds, padding], 1), tile_lists(states), tile_lists(states.mT)
+    bounds = torch.cat([bounds, padding], 1)
+    seen = view.dense(n_keys).view(-1, n_queries, n_keys)
+    states = tile_states(seen, tile)
+    tables = bounds, tile_lists(states), tile_lists(states.mT)
     return [table.to(device, non_blocking=True) for table in tables]
 
 
@@ -242,7 +256,8 @@ if triton is not None:
         row = tl.program_id(2)
         own = tile * TILE + tl.arange(0, TILE)
         view = row % n_views  # one for all rows, or one each
-        LISTS += (view * tl.num_programs(0) + tile) * (2 + tl.cdiv(n_others, TILE))
+        list_length = 2 + tl.cdiv(n_others, TILE)
+        LISTS += (view * tl.num_programs(0) + tile) * list_length
         n_padded = tl.cdiv(n_queries, TILE) * TILE
         BOUNDS += view * n_padded * 3
         head = (row * tl.num_programs(1) + head).to(tl.int64)
@@ -269,7 +284,8 @@ if triton is not None:
         for masked in tl.static_range(2):  # first the whole tiles, then those that need a mask
             stop = tl.load(LISTS + masked)
             for i in range(begin, stop):
-                key = tl.load(LISTS + 2 + i) * TILE + tl.arange(0, TILE)
+                tile = tl.load(LISTS + 2 + i)
+                key = tile * TILE + tl.arange(0, TILE)
                 k = load_rows(K, key, n_keys, D, BLOCK_D)
                 v = load_rows(V, key, n_keys, D, BLOCK_D)
                 score = tl.dot(q, tl.trans(k)) * scale
@@ -311,17 +327,20 @@ if triton is not None:
         for masked in tl.static_range(2):
             stop = tl.load(LISTS + masked)
             for i in range(begin, stop):
-                query = tl.load(LISTS + 2 + i) * TILE + tl.arange(0, TILE)
+                tile = tl.load(LISTS + 2 + i)
+                query = tile * TILE + tl.arange(0, TILE)
                 q = load_rows(Q + at_query, query, n_queries, D, BLOCK_D)
                 do = load_rows(DO + at_query, query, n_queries, D, BLOCK_D)
                 lse = tl.load(LSE + at_lse + query)
                 delta = tl.load(DELTA + at_lse + query)
-                p = tl.exp2(tl.dot(q, tl.trans(k)) * scale - lse[:, None])
+                score = tl.dot(q, tl.trans(k)) * scale
+                p = tl.exp2(score - lse[:, None])
                 if masked:
                     seen = visible(BOUNDS, query, key)
                     p = tl.where(seen, p, 0.0)
                 dv += tl.dot(tl.trans(p.to(do.dtype)), do)
-                ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])  # of the scores
+                dp = tl.dot(do, tl.trans(v))
+                ds = p * (dp - delta[:, None])  # of the scores
                 ds *= scale * 0.6931471805599453  # ln 2, for scale holds log2(e)
                 dk += tl.dot(tl.trans(ds.to(q.dtype)), q)
                 dq = tl.dot(ds.to(k.dtype), k)
@@ -368,7 +387,8 @@ class TritonAttention(torch.autograd.Function):
         scale = math.log2(math.e) / math.sqrt(D)  # log2(e), for the kernels use exp2 and log2
         ctx.sizes = scale, n_queries, n_keys, len(bounds)
         grid = by_query.shape[1], H, N
-        forward_kernel[grid](q, k, v, bounds, o, lse, by_query, *ctx.sizes, **options)
+        tensors = q, k, v, bounds, o, lse, by_query
+        forward_kernel[grid](*tensors, *ctx.sizes, **options)
         ctx.save_for_backward(q, k, v, o, lse, bounds, by_key)
         return o
 
@@ -378,13 +398,15 @@ class TritonAttention(torch.autograd.Function):
         N, H, n_queries, D = q.shape
         do = do.contiguous()
         delta = torch.zeros_like(lse)
-        delta[:, :, :n_queries] = (do.float() * o).sum(-1)
+        o_do = do.float() * o
+        delta[:, :, :n_queries] = o_do.sum(-1)
         dq = torch.zeros_like(q, dtype=torch.float32)  # many tiles add to it
         dk = torch.empty_like(k)
         dv = torch.empty_like(v)
         options = launch(D, q.element_size(), backward=True)
+        grid = by_key.shape[1], H, N
         tensors = q, k, v, bounds, lse, delta, do, dq, dk, dv, by_key
-        backward_kernel[by_key.shape[1], H, N](*tensors, *ctx.sizes, **options)
+        backward_kernel[grid](*tensors, *ctx.sizes, **options)
         return dq.to(q.dtype), dk, dv, None
 
 
@@ -458,11 +480,14 @@ def benchmark(device, dtype):
             rivals["flex_attention"] = flex(view, 2 * L)
         print(f"N {N}, {H} heads of 64, L {L}, S 16")
         for name, attend in rivals.items():
-            step = "torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))"
-            names = dict(torch=torch, attend=attend, q=q, k=k, v=v)
-            timer = Timer(step, globals=names, num_threads=torch.get_num_threads())
-            time = timer.blocked_autorange(min_run_time=2).median
-            print(f"  {name:18}{1e3 * time:9.2f} ms")
+
+            def step():
+                o = attend(q, k, v)
+                torch.autograd.grad(o.sum(), (q, k, v))
+
+            timer = Timer("step()", globals=dict(step=step), num_threads=torch.get_num_threads())
+            seconds = timer.blocked_autorange(min_run_time=2).median
+            print(f"  {name:18}{1e3 * seconds:9.2f} ms")
 
 
 if __name__ == "__main__":
