@@ -272,17 +272,19 @@ class UniformNoise(Noise):
         p = logits.to(alpha.dtype).softmax(-1)  # (..., V)
         a = alpha[..., None]
         log_pbar = torch.addcmul(-a, p, V * a).log1p()  # (..., V)
-        log_xbar_x0 = torch.log1p(alpha * (V - 1))  # (...) from here on
+        both = torch.stack([xt, x0], -1)
+        log_pbar_i, log_pbar_x0 = log_pbar.gather(-1, both).unbind(-1)  # (...) from here on
+        log_xbar_x0 = torch.log1p(alpha * (V - 1))
         log_xbar_other = torch.log1p(-alpha)
-        log_xbar_i = torch.where(x0 == xt, log_xbar_x0, log_xbar_other)
-        log_pbar_i = pick(log_pbar, xt)
+        hit = x0 == xt
+        log_xbar_i = torch.where(hit, log_xbar_x0, log_xbar_other)
         # sum_j xbar_j log(xbar_j / pbar_j), where xbar_j is 1 - alpha, and V alpha more at x0
         sum_log_ratio = log_xbar_x0 + (V - 1) * log_xbar_other - log_pbar.sum(-1)
-        jumps = V * alpha * (log_xbar_x0 - pick(log_pbar, x0))
+        jumps = V * alpha * (log_xbar_x0 - log_pbar_x0)
         jumps = jumps + (1 - alpha) * sum_log_ratio
         jumps = jumps + V * (log_pbar_i - log_xbar_i)  # the xbar_j sum to V
-        miss = (x0 == xt).to(p) - pick(p, xt)
-        rates = V * V * alpha * miss / log_pbar_i.exp()
+        miss = alpha * (V * hit - 1) - log_pbar_i.expm1()  # xbar_i - pbar_i
+        rates = V * miss / log_pbar_i.exp()
         return -dalpha / (V * alpha) * (jumps + rates) / log_xbar_i.exp()
 
     def mixture(self, probs, xt, alpha_s, alpha_t):
@@ -384,24 +386,23 @@ class BlockGen(Transformer):
             nats = self.in_chunks(self.noise.nelbo, by_diffusion, diffusion, *inputs)
         return (1 - ar_share) * nats + ar_share * ar_nats
 
-    def in_chunks(self, loss, where, states, *inputs, chunk=2**25):
+    def in_chunks(self, loss, where, states, *inputs, chunk=2**23, kept=2**26):
         """loss(logits, *inputs) at the tokens `where` (N, L), zero elsewhere. The head runs only
-        there, and makes at most `chunk` logits at a time: of several chunks none keeps its logits,
-        backward computes them again."""
+        there, and makes about `chunk` logits at a time, which fit into a CPU's cache. If they are
+        more than `kept` together, none are kept for backward, which computes them again."""
 
         def one_chunk(states, *inputs):
             return loss(self.logits(states), *inputs)
 
         index = where.flatten().nonzero()[:, 0]  # (M,)
-        size = max(1, chunk // self.config.vocab_size)
+        V = self.config.vocab_size
         chunks = []
         for x in (states, *inputs):
             chosen = x.flatten(0, 1).index_select(0, index)  # (M, ...)
-            chunks.append(chosen.split(size))
-        chunks = list(zip(*chunks))
-        if len(chunks) > 1 and torch.is_grad_enabled():
+            chunks.append(chosen.split(max(1, chunk // V)))
+        if len(index) * V > kept and torch.is_grad_enabled():
             one_chunk = partial(checkpoint, one_chunk, use_reentrant=False)
-        losses = torch.cat([one_chunk(*inputs) for inputs in chunks])
+        losses = torch.cat([one_chunk(*inputs) for inputs in zip(*chunks)])
         everywhere = losses.new_zeros(where.numel())
         everywhere = everywhere.index_copy(0, index, losses)
         return everywhere.view_as(where)
