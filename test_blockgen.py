@@ -2969,7 +2969,7 @@ def test_batches_are_stratified(start):
         _, _, sizes, t, _ = batch
         assert sorted(sizes.tolist()) == [1, 1, 5, 5, 5, 5, 24, 24]
         levels = t[sizes == 5][:, ::5].flatten().sort().values
-        assert close(levels.diff(), torch.tensor((1 - 1e-3) / 20), 1e-6)  # one in each twentieth
+        assert close(levels.diff(), torch.tensor((1 - args.t_min) / 20), 1e-6)  # one in each twentieth
 
 
 def test_under_shift_every_row_has_block_size_1():

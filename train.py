@@ -64,6 +64,7 @@ class Settings:
     block_sizes: tuple = (1, 16)  # block sizes S to mix, at least 1, no more than L
     block_weights: tuple = ()  # how much each counts in the loss, at least 1e-9; empty: alike
     loss: str = "nelbo"  # nelbo | ce: the bound on the likelihood, or (masked noise) unweighted
+    t_min: float = 0.3  # least noise level, at least 1e-6, at most 0.99: small ones weigh 1/t
     # optimization
     max_iters: int = 1800  # steps, at least 1
     batch_size: int = 8  # rows a step, over all parts, at least 1
@@ -124,6 +125,7 @@ PRESETS = {
         ar="paper",
         block_weights=(0.05, 0.95),
         loss="ce",
+        t_min=1e-3,
         batch_size=512,
         grad_accum=64,
         max_iters=1_000_000,
@@ -181,7 +183,7 @@ def draw_batch(run, args, rows):
     which = torch.searchsorted(begin, point, right=True) - 1
     stratum = (point - begin[which]) / run.weights[which]  # so do the rows of each block size
     block_size = run.sizes[which]
-    t, u = draw_noise(key, rows, stratum, block_size, L, t_min=1e-3)
+    t, u = draw_noise(key, rows, stratum, block_size, L, args.t_min)
     chosen = (random_numbers(*key, 4, rows) * len(run.train)).long()
     batch = *read_rows(run.train, chosen, run.meta), block_size, t.float(), u
     return [x.to(run.device, non_blocking=True) for x in batch]
