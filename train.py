@@ -76,7 +76,7 @@ class Settings:
     weight_decay: float = 0.01  # on matrices, at least 0
     beta2: float = 0.99  # of AdamW, at least 0, at most 0.99999
     grad_clip: float = 1.0  # largest norm of the gradient, at least 0; 0: any
-    ema: float = 0.99  # decay of the average of the weights, at least 0, at most 0.99999
+    ema: float = 0.95  # decay of the average of the weights, at least 0, at most 0.99999
     # evaluation
     eval_interval: int = 300  # steps from one evaluation, with its checkpoint, at least 1
     eval_seqs: int = 64  # validation sequences, with always the same noise, at least 2
