@@ -27,6 +27,7 @@ BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM,
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -41,12 +42,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import block_attention, denoise_view, train_view, verify_view
-from prepare_data import check_settings, parse_flags, run_script
+from prepare_data import check_settings, run_script
 
 
 @dataclass
 class Config:
-    """A model. vocab_size is V, the number of tokens of its data."""
+    """A model. Each field with a comment is a flag of train.py: the comment is its --help, and says
+    what is allowed (see check_settings). vocab_size is V, the number of tokens of the data."""
 
     vocab_size: int = 1024
     seq_len: int = 128  # L, the longest sequence, at least 2
@@ -64,7 +66,7 @@ class Config:
     def __post_init__(self):
         check_settings(self)
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd ({self.n_embd}) must be an even multiple of {self.n_head}")
+            raise ValueError(f"n_embd ({self.n_embd}) must be an even multiple of n_head")
         if self.ar == "shift" and not self.token_causal:
             raise ValueError("with token_causal=False clean tokens see ahead: ar must be paper")
 
@@ -321,6 +323,8 @@ def is_single(block_size, length):
 
 
 class BlockGen(Transformer):
+    """A transformer with a kind of noise: its loss, and the passes that generation is made of."""
+
     def __init__(self, config):
         noise = NOISES[config.noise](config.vocab_size)
         super().__init__(config, noise.n_embeddings)
@@ -339,7 +343,7 @@ class BlockGen(Transformer):
         shift = self.config.ar == "shift"
         positions = torch.arange(L, device=x0.device)
         if shift and bool((block_size == 1).all()):  # nothing is read from the noisy half
-            view = denoise_view(0, L, 0, device=x0.device)
+            view = denoise_view(0, L, 0)  # causal
             clean = noisy = self.states(x0, L, positions, view)
         else:
             view = train_view(L, block_size, self.config.token_causal, x0.device)
@@ -409,11 +413,16 @@ class BlockGen(Transformer):
 
     def new_cache(self, n_rows, length=None):
         """An empty cache for n_rows rows of up to length tokens (by default seq_len)."""
-        length = length or self.config.seq_len
-        if self.config.ar == "shift":
-            first = self.first.expand(n_rows, 1, -1)
-            return Cache(self.config.n_layer, length, first)
-        return Cache(self.config.n_layer, 2 * length)  # verify has a noise token for each proposed
+        config = self.config
+        slots = length or config.seq_len
+        state = None
+        if config.ar == "shift":
+            state = self.first.expand(n_rows, 1, -1)
+        else:
+            slots *= 2  # verify has a noise token for each proposed one
+        head_size = config.n_embd // config.n_head
+        shape = 2, config.n_layer, n_rows, config.n_head, slots, head_size
+        return Cache(self.head.bias.new_zeros(shape), state)
 
     def denoise(self, xt, cache, commit=None, block_size=None):
         """Logits (N, n, V) of a noisy block xt (N, n) behind the cache. The same pass first commits
@@ -447,7 +456,7 @@ class BlockGen(Transformer):
         start, n = cache.length, x.shape[1]
         positions = torch.arange(start, start + n, device=x.device)
         if self.config.ar == "shift":
-            view = denoise_view(start, n, 0)
+            view = denoise_view(start, n, 0)  # causal
             states = self.states(x, n, positions, view, cache)
             before = torch.cat([cache.state, states[:, :-1]], 1)
             return self.logits(before)
@@ -460,25 +469,21 @@ class BlockGen(Transformer):
 
 
 class Cache:
-    """Keys and values of the committed tokens, allocated once. What a pass writes behind `length`
-    is scratch, until moving `length` commits it."""
+    """Keys and values (2, layers, N, H, slots, D) of the committed tokens. What a pass writes
+    behind `length` is scratch, until moving `length` commits it."""
 
-    def __init__(self, n_layer, slots, state=None):
-        self.slots = slots
+    def __init__(self, kv, state):
+        self.kv = kv
         self.length = 0  # committed tokens, the same in every row
         self.state = state  # (N, 1, d) of the last committed token; ar="shift" predicts from it
-        self.keys, self.values = [None] * n_layer, [None] * n_layer  # (N, H, slots, D) each
 
     def write(self, layer, k, v):
         """Put k and v (N, H, Q, D) behind the committed ones; all slots (N, H, slots, D)."""
-        N, H, Q, D = k.shape
-        if self.keys[layer] is None:
-            self.keys[layer] = k.new_zeros(N, H, self.slots, D)
-            self.values[layer] = v.new_zeros(N, H, self.slots, D)
-        new = slice(self.length, self.length + Q)
-        self.keys[layer][:, :, new] = k
-        self.values[layer][:, :, new] = v
-        return self.keys[layer], self.values[layer]
+        keys, values = self.kv[:, layer]
+        new = slice(self.length, self.length + k.shape[2])
+        keys[:, :, new] = k
+        values[:, :, new] = v
+        return keys, values
 
 
 # ----------------------------------------------------------------------------------------------
@@ -607,18 +612,16 @@ def save_checkpoint(path, **content):
             os.remove(temporary)
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint, its config a Config. Raises ValueError (it is none) or OSError."""
-    if not os.path.isfile(path):
-        hint = "python train.py makes one, python blockgen.py converts published weights"
-        raise FileNotFoundError(f"{path}: no such checkpoint ({hint})")
+def read_checkpoint(path):
+    """The dict in a checkpoint, its config a Config. Raises ValueError if it is none."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)  # cannot run code
+        content = torch.load(path, map_location="cpu", weights_only=True)  # cannot run code
         content["config"] = Config(**content["config"])
         assert {"model", "meta", "args", "step"} <= content.keys()
     except Exception as error:
-        reason = type(error).__name__
-        raise ValueError(f"{path} is not a BlockGen checkpoint, or is damaged ({reason})") from None
+        reason = f"no checkpoint of BlockGen, or damaged ({type(error).__name__})"
+        hint = "python train.py makes one, python blockgen.py converts published weights"
+        raise ValueError(f"{path} is {reason}: {hint}") from None
     return content
 
 
@@ -633,7 +636,7 @@ def load_weights(model, weights, path):
 def load_checkpoint(path, device="cpu"):
     """(model in evaluation mode, content of the checkpoint), with the weights that did best in
     validation. Raises ValueError or OSError."""
-    content = read_checkpoint(path, device)
+    content = read_checkpoint(path)
     model = BlockGen(content["config"])
     load_weights(model, content.get("best") or content["model"], path)
     return model.to(device).eval(), content
@@ -672,8 +675,7 @@ def convert(source):
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{source} does not have the published layout ({reason})") from None
-    tokenizer = dict(kind="gpt2", vocab_size=config.vocab_size, start=50256, end=50256)
-    meta = {"tokenizer": tokenizer, "vocab_size": config.vocab_size}
+    meta = {"tokenizer": dict(kind="gpt2", start=50256, end=50256)}
     weights = model.state_dict()
     return dict(config=asdict(config), model=weights, meta=meta, args={}, step=0)
 
@@ -728,17 +730,11 @@ def fold(w, config):
     return ours
 
 
-@dataclass
-class Conversion:
-    source: str = ""  # a folder, or hf:org/repo/folder
-    target: str = ""  # the checkpoint to write
-
-
 def main():
-    values = parse_flags(__doc__, Conversion, positional=("source", "target"))
-    if not values["target"]:
+    if len(sys.argv) != 3:
         raise ValueError("say python blockgen.py FROM OUT.pt")
-    save_checkpoint(values["target"], **convert(values["source"]))
+    source, target = sys.argv[1:]
+    save_checkpoint(target, **convert(source))
 
 
 if __name__ == "__main__":

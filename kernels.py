@@ -9,7 +9,7 @@ is data, not code: one compiled kernel serves every block size and every mode.
 On a GPU, products of float32 numbers use TF32, as do those of the other layers under
 torch.set_float32_matmul_precision("high").
 
-    python kernels.py           # benchmark: medians
+    python kernels.py           # benchmark against SDPA and flex_attention
 """
 
 import functools
@@ -81,16 +81,17 @@ def train_view(length, block_size, token_causal=True, device=None):
     return View(prefix, start, torch.where(noisy, length + end, start))
 
 
-# Generation asks for the same views at every step of a block, so the last few are remembered.
+# Generation asks for the same views at every step of a block, so the last few are remembered. They
+# live on the CPU, and what follows from them (masks, tables) goes to the GPU once.
 
 
 @functools.lru_cache(maxsize=4)
-def denoise_view(cached, committed, n, block_size=None, device=None):
+def denoise_view(cached, committed, n, block_size=None):
     """Generation: queries [newly committed clean (c) | noisy (n)], keys [cache (C) | queries].
 
     Clean tokens are token-causal, or, with a block_size, block-causal. With n = 0 that is the mask
     of an autoregressive model."""
-    query = torch.arange(committed + n, device=device)
+    query = torch.arange(committed + n)
     size = block_size or 1
     block_end = (query // size + 1) * size
     prefix = cached + block_end.clamp(max=committed)
@@ -99,12 +100,12 @@ def denoise_view(cached, committed, n, block_size=None, device=None):
 
 
 @functools.lru_cache(maxsize=4)
-def verify_view(cached, n, device=None):
+def verify_view(cached, n):
     """AR verification: queries [proposed (n) | noise (n)], keys [cache (C) | queries].
 
     The i-th noise query stands at the position of the i-th proposed token: it sees the cache, the
     proposed tokens before i, and itself."""
-    query = torch.arange(2 * n, device=device)
+    query = torch.arange(2 * n)
     noise = query >= n
     prefix = cached + query % n + ~noise
     start = cached + query
@@ -119,8 +120,8 @@ def attention_naive(q, k, v, view):
     """block_attention by the whole matrix of scores: slow, and right."""
     seen = view.dense(k.shape[2]).unsqueeze(-3)  # (1, Q, T) or (N, 1, Q, T): alike for every head
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (N, H, Q, T)
-    weights = scores.masked_fill(~seen, -1e30).softmax(-1)
-    return (weights * seen) @ v  # (N, H, Q, D); zeros for a query that sees nothing
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return weights @ v  # (N, H, Q, D)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,15 +156,14 @@ def make_masks(view, q):
     Few queries are fastest as one tile. So is everything on a GPU that the kernels do not serve, at
     the price of the whole matrix of scores."""
     n_queries = q.shape[2]
-    last_key = torch.maximum(view.prefix, view.end).max()
-    n_keys = max(1, int(last_key))
+    n_keys = int(torch.maximum(view.prefix, view.end).max())
     in_tiles = n_queries > 128 and q.device.type == "cpu"
     tile = 64 if in_tiles else max(n_queries, n_keys)
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)
     states = tile_states(seen, tile).amax(0)  # (QT, KT)
     masks = []
     for row, queries in zip(states, seen.split(tile, 1)):
-        tiles = row.nonzero()[:, 0].tolist() or [0]
+        tiles = row.nonzero()[:, 0].tolist()
         key_tiles = queries.mT.split(tile, 1)
         seen_there = join(key_tiles, tiles).mT  # (R, tile, keys)
         mask = None
@@ -218,6 +218,8 @@ def make_tables(view, n_keys, tile, device):
 
 if triton is not None:
 
+    rule = triton.jit(sees)
+
     @triton.jit
     def place(X, rows, n_rows, D, BLOCK_D):
         """Where some rows of X (n_rows, D) stand, and which of these places exist."""
@@ -245,7 +247,7 @@ if triton is not None:
         prefix = tl.load(at)
         start = tl.load(at + 1)
         end = tl.load(at + 2)
-        return (key < prefix) | ((start <= key) & (key < end))
+        return rule(prefix, start, end, key)
 
     @triton.jit
     def find_work(BOUNDS, LISTS, n_queries, n_others, n_views, TILE):
@@ -300,7 +302,6 @@ if triton is not None:
                 o += tl.dot(p.to(v.dtype), v)
                 top = new_top
             begin = stop
-        total = tl.where(total > 0, total, 1.0)  # a query that sees nothing yields zeros
         o /= total[:, None]
         store_rows(O + head * n_queries * D, o, query, n_queries, D, BLOCK_D)
         tl.store(LSE + at_lse + query, top + tl.log2(total))
@@ -440,8 +441,8 @@ def block_attention(q, k, v, view):
     """Softmax attention under a view: query i sees keys [0, prefix_i) and [start_i, end_i).
 
     q (N, H, Q, D), k and v (N, H, T, D), view over Q queries -> (N, H, Q, D). Differentiable.
-    Scores are scaled by 1 / sqrt(D). A query that sees nothing yields zeros. What nobody sees must
-    be finite, too. The view may live on the CPU, whatever the device of q."""
+    Scores are scaled by 1 / sqrt(D). Every query must see something, and what nobody sees must be
+    finite, too. The view may live on the CPU, whatever the device of q."""
     if use_triton(q.device) and q.shape[-1] <= 128:
         return attention_triton(q, k, v, view)
     return attention_torch(q, k, v, view)
@@ -467,9 +468,8 @@ def flex(view, n_keys):
 def benchmark(device, dtype):
     """Forward and backward of a training step's attention, against PyTorch's own."""
     for N, H, L in ((8, 6, 1024), (8, 6, 256), (64, 6, 32)):
-        shape = N, H, 2 * L, 64
-        make = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
-        q, k, v = make(shape), make(shape), make(shape)
+        shape = 3, N, H, 2 * L, 64
+        qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
         view = train_view(L, 16, device=device)
         mask = view.dense(2 * L)
         rivals = {
@@ -482,8 +482,8 @@ def benchmark(device, dtype):
         for name, attend in rivals.items():
 
             def step():
-                o = attend(q, k, v)
-                torch.autograd.grad(o.sum(), (q, k, v))
+                o = attend(*qkv)
+                torch.autograd.grad(o.sum(), qkv)
 
             timer = Timer("step()", globals=dict(step=step), num_threads=torch.get_num_threads())
             seconds = timer.blocked_autorange(min_run_time=2).median

@@ -13,7 +13,7 @@
 The first four need no network; --tokenizer=gpt2 does once, or its files in TIKTOKEN_CACHE_DIR. A
 file of problems has a JSON object a line, with "question" and "answer".
 
-The .bin files are bare uint16 or uint32 token ids (numpy.memmap opens them). meta.json says how to
+The .bin files are bare uint16 token ids (numpy.memmap opens them). meta.json says how to
 decode them and what a model has to beat: the unigram entropy, and for markov the entropy of the
 chain. Problems are rows of --seq_len tokens: the question, an end token, the answer, an end token,
 and more end tokens.
@@ -338,11 +338,10 @@ def solve(text):
     if number:
         return float(number[1].replace(",", ""))
     try:
-        for name, number in read_program(ast.parse(text if len(text) <= LONGEST else "").body):
-            if name == "return":
-                return number
+        steps = read_program(ast.parse(text if len(text) <= LONGEST else "").body)
+        return next(number for name, number in steps if name == "return")
     except Exception:  # wrong syntax, unknown, too deep, too large: no answer
-        pass
+        return None
 
 
 def is_right(text, reference):
@@ -478,8 +477,7 @@ def write_dataset(folder, documents, meta):
     encode, _ = load_tokenizer(meta["tokenizer"])
     size, end = meta["tokenizer"]["vocab_size"], meta["tokenizer"]["end"]
     ends = [] if end is None else [end]
-    dtype = "uint16" if size <= 65536 else "uint32"
-    meta.update(vocab_size=size, dtype=dtype, train_tokens=0, val_tokens=0)
+    meta.update(vocab_size=size, train_tokens=0, val_tokens=0)
     n_bytes, counts = 0, np.zeros(size, np.int64)
     with new_folder(folder) as temporary:
         for part, document in documents:
@@ -491,7 +489,7 @@ def write_dataset(folder, documents, meta):
                 meta["dropped"] += 1
                 continue
             with open(os.path.join(temporary, f"{part}.bin"), "ab") as file:
-                np.array(row + ends * (length - len(row)), dtype).tofile(file)
+                np.array(row + ends * (length - len(row)), np.uint16).tofile(file)
             meta[f"{part}_tokens"] += length
             if part == "val":
                 n_bytes += len(texts[-1].encode())
@@ -513,7 +511,7 @@ def open_data(folder):
             meta = json.load(file)
         for part in ("train", "val"):
             path, length = os.path.join(folder, f"{part}.bin"), meta[f"{part}_tokens"]
-            tokens.append(np.memmap(path, meta["dtype"], "r", shape=length))
+            tokens.append(np.memmap(path, np.uint16, "r", shape=length))
     except (FileNotFoundError, KeyError, ValueError) as error:
         problem = f"{folder} is missing or damaged ({error})"
         raise ValueError(f"{problem}: python prepare_data.py makes a dataset") from None
@@ -547,7 +545,7 @@ def comments(settings):
     return dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.MULTILINE))
 
 
-def parse_flags(description, *classes, argv=None, defaults=None, positional=()):
+def parse_flags(description, *classes, argv=None, defaults=None, positional=None):
     """{name: value} of flags for the commented fields of dataclasses. defaults: beat the fields'
     own. Raises ValueError."""
     parser = argparse.ArgumentParser(
@@ -567,9 +565,9 @@ def parse_flags(description, *classes, argv=None, defaults=None, positional=()):
             default = getattr(settings, name)
             values[name] = (defaults or {}).get(name, default)
             text = f"{comment} (default: {values[name]})".replace("%", "%%")
-            flag = name if name in positional else f"--{name}"
+            flag = name if name == positional else f"--{name}"
             options = dict(help=text, type=reader(default))
-            if isinstance(default, bool) or name in positional:
+            if isinstance(default, bool) or name == positional:
                 options |= dict(nargs="?", const=True)  # --NAME is --NAME=true
             parser.add_argument(flag, **options)
     return values | vars(parser.parse_args(argv))
@@ -661,18 +659,18 @@ def learn_tokenizer(documents, s):
     return itertools.chain(sample, documents), meta
 
 
-def prepare(*name_and_data_dir, **settings):
+def prepare(name, data_dir="data", **settings):
     """Make data_dir/name; returns its meta. Raises ValueError, OSError or ImportError."""
-    s = Settings(*name_and_data_dir, **settings)
-    if s.name == "markov":
+    s = Settings(name, data_dir, **settings)
+    if name == "markov":
         documents, meta = markov_chain(s.states, s.successors, s.tokens, s.seed)
     else:
-        documents, meta = learn_tokenizer(SOURCES[s.name](s), s)
-    return write_dataset(os.path.join(s.data_dir, s.name), documents, meta)
+        documents, meta = learn_tokenizer(SOURCES[name](s), s)
+    return write_dataset(os.path.join(data_dir, name), documents, meta)
 
 
 def main():
-    values = parse_flags(__doc__, Settings, positional=["name"])
+    values = parse_flags(__doc__, Settings, positional="name")
     meta = prepare(**values)
     print(os.path.join(values["data_dir"], values["name"]))
     for name, value in meta.items():

@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SAMPLERS = ["ar", "ancestral", "arpc", "confidence", "speculative"]
 AR_CRITERIA = ["kld", "reverse_kld", "tvd", "ar_nll", "ar_gap", "ar_entropy"]
 CRITERIA = AR_CRITERIA + ["diffusion_entropy", "diffusion_confidence", "diffusion_margin", "random"]
 # what a random number is for, a part of its key
@@ -53,7 +52,7 @@ class Options:
     steps: int = 16  # reverse steps a block, at least 1
     schedule: str = "model"  # of the steps: linear | cosine | model; model: as in its training
     ar_tokens: int = 0  # write so many tokens by AR first, at least 0
-    criterion: str = "ar_nll"  # arpc: what is sent back (in the paper kld); a wrong one lists all
+    criterion: str = "ar_nll"  # arpc: what is sent back (in the paper kld); --criterion=? lists all
     warmup: int = 0  # arpc: steps of a block before guidance sets in, at least 0
     guide_every: int = 1  # arpc: steps from one guided step to the next, at least 1
     threshold: float = 0.9  # confidence: tokens above this probability stay; at least 0, at most 1
@@ -79,7 +78,7 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
     given (n, length): tokens that stand already, -1 where free; anywhere, and different in each
     row. They are never noised. stop: a token that ends a row; the row is filled up with it. Rows
     count from first_row in the key of the random numbers. watch: called after every pass.
-    stats: nfe (network passes), tokens (written), seconds, tokens_per_second. Raises ValueError."""
+    stats: nfe (network passes), tokens (written), seconds. Raises ValueError."""
     o = Options(**options)
     check_request(model, length, o)
     began = time.time()
@@ -87,12 +86,11 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
     run = Run(model, o, given.to(model.head.bias.device), stop, first_row, watch)
     while not run.decided.all():
         n_tokens = 1 if run.begin < o.ar_tokens else run.block_size
-        n_tokens = min(n_tokens, length - run.begin)
-        run.end = run.begin + n_tokens
-        if n_tokens == 1 and run.free().any():
-            fill_by_steps(run, steps=1)  # one step for one token: the AR side
-        elif run.free().any():  # else the next pass commits the block
-            FILL[o.sampler](run, o.steps)
+        run.end = min(run.begin + n_tokens, length)
+        is_single = run.end - run.begin == 1  # such a token is the AR side's, in one step
+        if run.free().any():  # else the next pass commits the block
+            fill = fill_by_steps if is_single else FILL[o.sampler]
+            fill(run)
         run.decided |= run.ends().any(1, keepdim=True)
         run.begin += run.count_decided()
     return run.tokens_and_stats(time.time() - began)
@@ -114,6 +112,7 @@ class Run:
     def __init__(self, model, options, given, stop, first_row, watch):
         n, length = given.shape
         self.model, self.options = model, options
+        self.temperature = max(options.temperature, 1e-9)  # of 0, what is greedy
         self.block_size = 1 if options.sampler == "ar" else options.block_size
         self.cache = model.new_cache(n, length)
         self.given = given >= 0  # (N, L)
@@ -163,10 +162,7 @@ class Run:
     def distribution(self, logits):
         """What tokens are drawn from, (N, n, V): temperature, then top-k, then top-p."""
         o = self.options
-        if o.temperature < 1e-6:
-            likeliest = logits.argmax(-1)
-            return F.one_hot(likeliest, logits.shape[-1]).float()
-        logits = logits.float() / o.temperature
+        logits = logits.float() / self.temperature
         if o.top_k:
             top = logits.topk(min(o.top_k, logits.shape[-1])).values
             logits = logits.masked_fill(logits < top[..., -1:], float("-inf"))
@@ -203,24 +199,22 @@ class Run:
         behind = ends.cumsum(1) > ends  # behind the first end token
         tokens = self.tokens.masked_fill(behind, max(self.stop, 0))
         written = int((~self.given & ~behind).sum())
-        stats = dict(nfe=self.nfe, tokens=written, seconds=seconds)
-        stats["tokens_per_second"] = written / max(seconds, 1e-9)
-        return tokens, stats
+        return tokens, dict(nfe=self.nfe, tokens=written, seconds=seconds)
 
 
 # ----------------------------------------------------------------------------------------------
 # Filling one block
 
 
-def fill_by_steps(run, steps):
-    """Ancestral sampling: `steps` reverse steps from pure noise. Under ARPC (arXiv 2606.02241) a
+def fill_by_steps(run):
+    """Ancestral sampling: reverse steps from pure noise. Under ARPC (arXiv 2606.02241) a
     guided step goes all the way, to a proposal for the whole block, of which it sends the tokens
     that score worst back to noise."""
-    o, noise = run.options, run.model.noise
+    o, noise, free = run.options, run.model.noise, run.free()
+    steps = o.steps if free.shape[1] > 1 else 1
     schedule = run.model.config.schedule if o.schedule == "model" else o.schedule
     t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
     alpha = SCHEDULES[schedule](t)[0].tolist()
-    free = run.free()
     xt = run.noisy_block()
     for k in range(steps):
         guided = o.sampler == "arpc" and o.warmup <= k < steps - 1
@@ -230,16 +224,15 @@ def fill_by_steps(run, steps):
         alpha_s = 1.0 if guided else alpha[k + 1]
         u = run.random(REVEAL, k)
         x = noise.step(probs, xt, alpha_s, alpha[k], u)
-        x = proposal = torch.where(free, x, xt)
+        x = torch.where(free, x, xt)
         sent_back = torch.zeros_like(free)
         if guided:
             noisy_share = 1 - alpha[k + 1]
             count = max(1, round(noisy_share * free.shape[1]))
             score = arpc_score(run, x, xt, logits, k)
             sent_back = highest(score, free, count)
-            x = torch.where(sent_back, run.prior(RENOISE, k + 1), x)
-        run.watch(run, xt, x, proposal, sent_back)
-        xt = x
+        run.watch(run, xt, x, sent_back)
+        xt = torch.where(sent_back, run.prior(RENOISE, k + 1), x)
     run.keep(xt, free)
 
 
@@ -254,16 +247,13 @@ def highest(score, free, count):
 def arpc_score(run, x, xt, logits, step):
     """What ARPC's criterion has against each token of a proposal x (N, n) for xt.
 
-    With masked noise a token that was revealed before this step has no diffusion distribution but
-    a point mass, and kld would be infinite. There the divergences take what the point mass gives
-    in reverse_kld, -log p_AR(token), and in tvd, 1 - p_AR(token); the diffusion criteria see
-    certainty."""
-    criterion, mask = run.options.criterion, run.model.noise.mask
-    temperature = max(run.options.temperature, 1e-6)
+    With masked noise the diffusion distribution of a token that was revealed before this step is a
+    point mass. There kld is infinite, and reverse_kld, -log p_AR(token), takes its place."""
+    criterion = run.options.criterion
     if criterion == "random":
         return run.random(ACCEPT, step + 1)
     if criterion in AR_CRITERIA:
-        ar_logits = run.verify(x, step).float() / temperature
+        ar_logits = run.verify(x, step).float() / run.temperature
         ar = ar_logits.log_softmax(-1)  # (N, n, V)
         nll = -pick(ar, x)
     if criterion == "ar_nll":
@@ -272,22 +262,22 @@ def arpc_score(run, x, xt, logits, step):
         return ar.amax(-1) + nll
     if criterion == "ar_entropy":
         return entropy(ar)
-    revealed = torch.zeros_like(x, dtype=torch.bool) if mask is None else xt != mask
-    diffusion = (logits.float() / temperature).log_softmax(-1)  # (N, n, V)
+    noisy = run.model.noise.scored(xt)
+    diffusion = (logits.float() / run.temperature).log_softmax(-1)
+    point_mass = 1e4 * (F.one_hot(x, logits.shape[-1]) - 1.0)  # its logarithm: 0 at x
+    diffusion = torch.where(noisy[..., None], diffusion, point_mass)
     if criterion == "kld":
-        return torch.where(revealed, nll, divergence(ar, diffusion))
+        return torch.where(noisy, divergence(ar, diffusion), nll)
     if criterion == "reverse_kld":
-        return torch.where(revealed, nll, divergence(diffusion, ar))
+        return divergence(diffusion, ar)
     if criterion == "tvd":
         difference = ar.exp() - diffusion.exp()
-        distance = difference.abs().sum(-1) / 2
-        return torch.where(revealed, 1 - (-nll).exp(), distance)
+        return difference.abs().sum(-1) / 2
     if criterion == "diffusion_entropy":
-        return entropy(diffusion).masked_fill(revealed, 0)
+        return entropy(diffusion)
     top = diffusion.exp().topk(2, -1).values  # (N, n, 2)
     likeliest, second = top.unbind(-1)
-    score = second - likeliest if criterion == "diffusion_margin" else -likeliest
-    return score.masked_fill(revealed, -1)
+    return second - likeliest if criterion == "diffusion_margin" else -likeliest
 
 
 def divergence(logp, logq):
@@ -300,7 +290,7 @@ def entropy(logp):
     return -(logp.exp() * logp).sum(-1)
 
 
-def fill_by_confidence(run, steps):
+def fill_by_confidence(run):
     """Each pass keeps the tokens whose probability exceeds the threshold, at least the likeliest
     (SDAR, arXiv 2510.06303; Fast-dLLM)."""
     xt = run.noisy_block()
@@ -316,12 +306,12 @@ def fill_by_confidence(run, steps):
         sure = likeliest | (confidence > run.options.threshold)
         sure = sure & free
         x = torch.where(sure, x, xt)
-        run.watch(run, xt, x, x, torch.zeros_like(free))
+        run.watch(run, xt, x, torch.zeros_like(free))
         run.keep(x, sure)
         xt = x
 
 
-def fill_by_draft(run, steps):
+def fill_by_draft(run):
     """Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192): diffusion drafts in one pass,
     the AR side verifies in one, and what comes out is exactly an AR sample. Keep x ~ q with
     probability min(1, p(x) / q(x)); at the first rejection draw from (p - q)+. Behind it nothing is
@@ -343,7 +333,7 @@ def fill_by_draft(run, steps):
     replacement = draw(excess.sum(1), u)  # (N,)
     x = torch.where(rejected, replacement[:, None], x)
     kept = accepted.bool() | rejected
-    run.watch(run, xt, x, x, ~kept & free)
+    run.watch(run, xt, x, ~kept & free)
     run.keep(x, kept)
     # The verifying pass wrote the keys of what every row accepted. At least one token is left to
     # the next pass, which needs its state.
@@ -384,8 +374,8 @@ def make_judge(meta, decode, train, problems):
     """A function: what share of sample i (a list of tokens) is right. Of a problem the answer; of a
     chain the transitions that it has; of a text the words that the training text has."""
     if problems is not None:
-        answer = lambda tokens: decode(list(tokens)).split(END)[1]  # behind the question's end
-        return lambda i, tokens: is_right(answer(tokens), answer(problems[i]))
+        answers = [decode(row).split(END)[1] for row in problems.tolist()]
+        return lambda i, tokens: is_right(decode(tokens).split(END)[1], answers[i])
     if "transitions" in meta:
         possible = np.array(meta["transitions"]) > 0
         return lambda i, tokens: possible[tokens[:-1], tokens[1:]].mean()
@@ -414,12 +404,12 @@ def print_table(model, given, stop, judge, flags, options):
         nats = torch.special.entr(frequency).sum()
         name = " ".join(map(str, special.values()))
         print(f"{name:28} {passes:7.1f} {quality:9.3f} {error:6.3f} {nats:5.2f}", flush=True)
-        line = lines.setdefault(name.rstrip("0123456789. "), [])
-        line.append((passes, quality, error))
+        label = name.rstrip("0123456789. ")  # without the number of steps, or the threshold
+        lines.setdefault(label, []).append((passes, quality, error))
     return lines
 
 
-def plot(panels, path, xlabel, ylabel):
+def plot(panels, path):
     """A picture of panels {title: {label: points (x, y, error of y)}}, side by side. Raises
     ImportError."""
     import matplotlib.pyplot as plt
@@ -432,7 +422,7 @@ def plot(panels, path, xlabel, ylabel):
             panel.errorbar(x, y, error, marker="o", capsize=2, label=label)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
-        panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        panel.set(title=title, xlabel="network passes", ylabel="share that is right")
         panel.legend(fontsize=7)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
@@ -457,8 +447,8 @@ class Flags:
 
     def __post_init__(self):
         check_settings(self)
-        if self.prompt and self.template:
-            raise ValueError("put the --prompt into the --template")
+        if (self.prompt != "") + (self.template != "") + (self.problem >= 0) > 1:
+            raise ValueError("--prompt, --template and --problem exclude each other")
         if self.plot and not self.table:
             raise ValueError("--plot goes with --table")
 
@@ -472,8 +462,7 @@ def make_watcher(decode, color):
     def watch(run, *blocks):
         words = []
         first_rows = (block[0].tolist() for block in blocks)
-        for old, new, proposed, sent_back in zip(*first_rows):
-            token = proposed if sent_back else new
+        for old, token, sent_back in zip(*first_rows):
             is_mask = token == run.model.noise.mask
             text = "_" if is_mask else decode([token]).replace("\n", "⏎").replace(END, "∎")
             style = red if sent_back else bright if token != old else "{}"
@@ -487,9 +476,8 @@ def read_given(flags, encode, start, longest):
     """Given tokens (num_samples, length) of --prompt or --template, -1 where free."""
     parts = re.split(r"(_{2,})", flags.template) if flags.template else [flags.prompt]
     text = list(start)
-    for part in parts:
-        is_hole = flags.template and part.startswith("__")
-        text += [-1] * len(part) if is_hole else encode(part)
+    for i, part in enumerate(parts):  # every second one is a hole
+        text += [-1] * len(part) if i % 2 else encode(part)
     length = flags.length or (len(text) if flags.template else longest)
     if len(text) > length:
         raise ValueError(f"the prompt has {len(text)} tokens, more than the {length} to write")
@@ -497,7 +485,7 @@ def read_given(flags, encode, start, longest):
     return torch.tensor(text).repeat(flags.num_samples, 1)
 
 
-def read_problems(rows, meta, flags):
+def choose_problems(rows, meta, flags):
     """The problems, (N, L) tokens, of a table or of --problem. Raises ValueError."""
     rows = rows.reshape(-1, meta["row_length"])
     chosen = range(flags.num_samples) if flags.table else [flags.problem] * flags.num_samples
@@ -521,8 +509,10 @@ def sample(path, flags, options):
         folder = os.path.join(content["args"]["data_dir"], content["args"]["dataset"])
         train, val, meta = open_data(folder)
         if "row_length" in meta:
-            problems = read_problems(val, meta, flags)
+            problems = choose_problems(val, meta, flags)
             given = problems.where(is_question(problems, stop), -1)
+        elif flags.problem >= 0:
+            raise ValueError(f"{folder} has no problems")
         judge = make_judge(meta, decode, train, problems)
     if flags.table:
         title = f"{path}, {model.config.noise} noise"
@@ -551,7 +541,7 @@ def main():
     options = asdict(from_values(Options, values))
     tables = [sample(path, flags, options) for path in flags.ckpt]
     if flags.plot:
-        plot(dict(tables), flags.plot, "network passes", "share that is right")
+        plot(dict(tables), flags.plot)
 
 
 if __name__ == "__main__":

@@ -57,12 +57,13 @@ from prepare_data import (
     prepare,
     solve,
 )
-from sample import AR_CRITERIA, CRITERIA, SAMPLERS, generate
+from sample import AR_CRITERIA, CRITERIA, FILL, generate
 
 torch.set_num_threads(1)  # faster for models of this size
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 DOUBLE = torch.float64
+SAMPLERS = ["ar", *FILL]
 
 BOTH = pytest.mark.parametrize("ar", ["paper", "shift"])
 EACH_NOISE = pytest.mark.parametrize("noise", NOISES)
@@ -129,13 +130,8 @@ def is_uniform(u, bins):
 class NanCache(blockgen.Cache):
     """Its slots hold NaN until they are written, so that no read too far goes unseen."""
 
-    def write(self, layer, k, v):
-        if self.keys[layer] is None:
-            N, H, _, D = k.shape
-            shape = (N, H, self.slots, D)
-            self.keys[layer] = k.new_full(shape, math.nan)
-            self.values[layer] = v.new_full(shape, math.nan)
-        return super().write(layer, k, v)
+    def __init__(self, kv, state):
+        super().__init__(torch.full_like(kv, math.nan), state)
 
 
 @pytest.fixture
@@ -908,8 +904,8 @@ def check_pass(run, *blocks):
     block = slice(run.begin, run.end)
     decided = run.decided[:, block]
     tokens = run.tokens[:, block][decided]
-    xt, x, proposal, sent_back = blocks
-    for stage in (xt, x, proposal):
+    xt, x, sent_back = blocks
+    for stage in (xt, x):
         assert torch.equal(stage[decided], tokens)
     assert not sent_back[decided].any()
 
@@ -1462,6 +1458,7 @@ def test_arpc_scores_equal_their_formulas(noise, criterion):
     options = sample.Options(sampler="arpc", criterion=criterion, temperature=0.7)
     run = SimpleNamespace(
         options=options,
+        temperature=0.7,
         model=SimpleNamespace(noise=noise),
         verify=lambda *_: ar[None],
     )
@@ -1694,16 +1691,11 @@ def test_evaluation_is_unbiased_and_in_float64(noise, ar):
         return token_losses(x0, block_size, t, *rest)
 
     model.token_losses = record
-    losses, _ = train.evaluate(
-        model,
-        STATES.numpy(),
-        {},
-        block_size=n,
-        n_seqs=len(STATES),
-        draws=600,
-        batch_size=27,
-    )
-    draws = losses.mean(1) * n
+    draws = []
+    for seed in range(600):
+        each, _ = train.evaluate(model, STATES.numpy(), {}, n, len(STATES), batch_size=27, seed=seed)
+        draws.append(each.mean() * n)
+    draws = torch.stack(draws)
     error = draws.std() / math.sqrt(600)
     assert abs(draws.mean() - nelbo.mean()) < 4 * error + 1e-4
     levels = torch.cat(levels)
@@ -1723,15 +1715,15 @@ PATHS = [
 
 
 def random_view(n_rows, n_queries, n_keys):
-    """Any bounds at all: overlapping, empty, a fifth of the queries sees nothing.
-
-    n_rows 0: one view for all rows."""
+    """Any bounds with which each query sees something: overlapping, empty, a fifth of the queries
+    without a prefix. n_rows 0: one view for all rows."""
     shape = (n_rows, n_queries) if n_rows else (n_queries,)
     prefix, start, end = torch.randint(0, n_keys + 1, (3, *shape))
-    nothing = torch.rand(shape) < 0.2
-    prefix = prefix.masked_fill(nothing, 0)
-    end = end.masked_fill(nothing, 0)
-    return kernels.View(prefix, start, end)
+    prefix = prefix.clamp(min=1)
+    no_prefix = torch.rand(shape) < 0.2
+    start = torch.where(no_prefix, start % n_keys, start)
+    end = torch.where(no_prefix, torch.maximum(end, start + 1), end)
+    return kernels.View(prefix.masked_fill(no_prefix, 0), start, end)
 
 
 def every_view(n_rows, L, S):
@@ -1924,17 +1916,6 @@ def test_nothing_is_read_behind_the_last_visible_key(attention, view, valid):
     ours = with_gradients(attention, (q, k, v), view, grad)
     for a, b in zip(ours, exact):
         assert close(a, b, 1e-5)
-
-
-@pytest.mark.parametrize("attention", PATHS)
-@pytest.mark.parametrize("n_queries", [17, 150])
-def test_queries_that_see_nothing_yield_zeros(attention, n_queries):
-    nothing = torch.zeros(n_queries, dtype=torch.int64)
-    inputs = random_inputs(1, 1, n_queries, 70, 16)
-    view = kernels.View(nothing, nothing + 9, nothing + 9)
-    grad = torch.ones_like(inputs[0])
-    for x in with_gradients(attention, inputs, view, grad):
-        assert (x == 0).all()
 
 
 def peak_memory(run):
@@ -2949,7 +2930,7 @@ def test_parts_change_nothing(data_dir, tmp_path, flags):
     of 80. (Muon in bfloat16 made it 3e-2 of a step on another CPU.) An error moves weights by
     steps."""
     flags += " --max_iters=2 --dropout=0 --grad_clip=0"  # a clipped gradient hides its scale
-    flags += " --optimizer=adamw --learning_rate=1e-3 --warmup_iters=0"
+    flags += " --optimizer=adamw --learning_rate=1e-3 --warmup_iters=1"
     one = run_training(data_dir, tmp_path / "one", flags)
     parts = run_training(data_dir, tmp_path / "parts", flags, "--grad_accum=4")
     moments, expected = (x["optimizers"][0]["state"].values() for x in (parts, one))
@@ -2966,14 +2947,14 @@ def test_batches_are_stratified(start):
         batch = train.draw_batch(run, args, torch.arange(8))
         parts = [train.draw_batch(run, args, rows) for rows in torch.arange(8).chunk(2)]
         assert same(batch, [torch.cat(pair) for pair in zip(*parts)])
-        _, _, sizes, t, _ = batch
+        _, sizes, t, _, _ = batch
         assert sorted(sizes.tolist()) == [1, 1, 5, 5, 5, 5, 24, 24]
         levels = t[sizes == 5][:, ::5].flatten().sort().values
         assert close(levels.diff(), torch.tensor((1 - args.t_min) / 20), 1e-6)  # one in each twentieth
 
 
 def test_under_shift_every_row_has_block_size_1():
-    sizes, weights, ar_weight = train.mixture([1, 5, 24], [0.25, 0.5, 0.25], "shift")
+    sizes, weights, ar_weight = train.sizes_of_rows([1, 5, 24], [0.25, 0.5, 0.25], "shift")
     assert sizes.tolist() == [5, 24]
     assert weights.tolist() == pytest.approx([2 / 3, 1 / 3])
     assert ar_weight == 0.25
@@ -2985,7 +2966,7 @@ def test_a_batch_of_problems_is_its_rows(start):
     run, args = start(PROBLEMS, "--dropout=0")
     batch = train.draw_batch(run, args, torch.arange(8))
     total = 0
-    for x0, given, size, t, u in zip(*batch):
+    for x0, size, t, u, given in zip(*batch):
         length = given.sum()
         assert given[:length].all()
         assert x0[given].tolist().index(run.meta["tokenizer"]["end"]) == length - 1
@@ -2994,7 +2975,7 @@ def test_a_batch_of_problems_is_its_rows(start):
             losses = run.model.token_losses(*row, args.loss, run.ar_weight)[0]
         assert not losses[given].any()
         total += losses.sum() / (128 - length) / 8
-    assert batch[1].sum(1).unique().numel() > 4
+    assert batch[-1].sum(1).unique().numel() > 4
     loss, _ = train.train_step(run, args)
     assert close(loss, total, 1e-4)
 
@@ -3009,9 +2990,9 @@ def test_validation(data_dir, name, L, V, ar):
     model = tiny(vocab_size=V, seq_len=L, ar=ar)
     for S in (1, 5, L):
         (a, _), (b, _) = (train.evaluate(model, data, meta, S, 11, 3, size) for size in (1, 64))
-        assert a.shape == (3, 11)
+        assert a.shape == (11,)
         assert close(a, b, 1e-4)
-    [exact], lengths = train.evaluate(model, data, meta, 1, 2)
+    exact, lengths = train.evaluate(model, data, meta, 1, 2)
     x0, given = train.read_rows(data, torch.tensor([0, len(data) - 1]), meta)
     cache, nats = model.new_cache(2), []
     for i in range(L):
@@ -3023,7 +3004,7 @@ def test_validation(data_dir, name, L, V, ar):
     assert lengths.tolist() == (~given).sum(1).tolist()
 
 
-BROKEN = [(math.nan, 1, "nan"), (2, math.inf, "inf"), (1e6, 1, "risen")]
+BROKEN = [(math.nan, 1, "nan"), (2, math.inf, "inf"), (1e6, 1, "50")]
 
 
 @pytest.mark.parametrize("flags", ["--max_iters=10", "--max_iters=7", "--eval_interval=7"])
@@ -3049,7 +3030,7 @@ def test_best_weights(data_dir, tmp_path, monkeypatch):
 
     def evaluate(model, *more):
         averages.append(copy.deepcopy(model.state_dict()))
-        return torch.full((1, 2), next(figures)), torch.full((2,), 24)
+        return torch.full((2,), next(figures)), torch.full((2,), 24)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     flags = "--block_weights=0.25,0.75 --max_iters=6 --eval_interval=2 --lr_decay=constant"
@@ -3145,7 +3126,6 @@ TRAIN_REFUSES = [
     ("--max_iter=5", "max_iter"),
     ("--block_size=1,5", "block_size"),
     ("--block_sizes=0,5", "block_sizes"),
-    ("--block_sizes=1,25", "block_sizes"),
     ("--block_sizes=5,5", "block_sizes"),
     ("--block_sizes=", "block_sizes"),
     ("--block_weights=0.5,-0.5", "block_weights"),
@@ -3181,9 +3161,9 @@ TRAIN_REFUSES = [
     ("--dataset=math", "--seq_len=128"),
     ("--seq_len=7000", "too small"),
     ("--seq_len=1 --block_sizes=1", "seq_len"),
-    ("--resume", "no such checkpoint"),
+    ("--resume", "no checkpoint"),
     ("--init_from=nowhere.pt", "nowhere.pt"),
-    ("--eval_only", "no such checkpoint"),
+    ("--eval_only", "no checkpoint"),
 ]
 
 
@@ -3221,6 +3201,8 @@ SAMPLE_REFUSES = [
     ("--template=A__é", "vocabulary"),
     ("--template=A__ --length=2", "prompt"),
     ("--prompt=A --template=A__", "template"),
+    ("--problem=3 --prompt=A", "problem"),
+    ("--problem=3", "no problems"),
     ("--plot=x.png", "--table"),
     ("--problem=-2", "problem"),
     ("--device=tpu", "device"),
@@ -3268,6 +3250,14 @@ def test_a_checkpoint_of_another_shape_is_refused(data_dir, checkpoint, tmp_path
     assert "does not fit" in refused(capsys, train, flags, start)
 
 
+def test_a_checkpoint_of_fewer_tokens_is_refused(data_dir, checkpoint, tmp_path, capsys):
+    flags = f"--device=cpu --data_dir={data_dir} --dataset=math"
+    start = f"--out_dir={tmp_path} --init_from={checkpoint}"
+    assert "fewer tokens" in refused(capsys, train, flags, start)
+    evaluation = f"--eval_only --out_dir={checkpoint.parent} --dataset=math"
+    assert "seq_len" in refused(capsys, train, flags, evaluation)
+
+
 def test_damaged_data_are_refused(data_dir, tmp_path, capsys):
     shutil.copytree(data_dir / "markov", tmp_path / "markov")
     flags = train_flags(tmp_path, tmp_path / "out")
@@ -3309,7 +3299,7 @@ def test_samples_and_their_statistics(checkpoint, capsys, flags):
     first_batch, third = texts[2].split("\n", 1)
     assert len(texts[0]) == len(texts[1]) == len(third) == 24
     for statistics in (first_batch, last):
-        assert statistics.startswith("nfe ") and "tokens_per_second" in statistics
+        assert statistics.startswith("nfe ") and "seconds" in statistics
 
 
 def test_prompts_and_templates(checkpoint, capsys):
@@ -3366,7 +3356,7 @@ def test_accuracy_of_every_sampler(data_dir, solver, capsys, monkeypatch, right)
     flags = f"--ckpt={solver} --table --num_samples=4 --batch_size=3"
     assert call(sample, flags) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = tuple(sample.SAMPLERS)
+    names = tuple(SAMPLERS)
     rows = [line.split() for line in lines if line.startswith(names) and "passes" not in line]
     assert len(rows) == len(sample.GRID)
     for row in rows:
@@ -3439,10 +3429,12 @@ def test_threads_do_not_spin_for_ever(module, chosen):
 def test_more_draws_shrink_the_error_like_one_over_the_root(data_dir, learned):
     model, _ = load_checkpoint(learned["masked"] / "ckpt.pt")
     _, data, meta = train.open_rows(data_dir / "markov", 32)
-    losses, _ = train.evaluate(model, data, meta, 4, 4, draws=400, batch_size=4)
-    means = losses.mean(1)  # an estimate for each draw
-    ratio = means.std() / means.view(25, 16).mean(1).std()
-    assert 2.8 < ratio < 5.6  # 4, and its own error
+    def means(draws, trials):
+        evaluate = partial(train.evaluate, model, data, meta, 4, 4, draws)
+        return torch.stack([evaluate(seed=seed)[0].mean() for seed in range(trials)])
+
+    ratio = means(1, 400).std() / means(16, 40).std()
+    assert 2.5 < ratio < 6.4  # 4, and its own error
 
 
 def levels(kind, trial, rows):
@@ -3521,7 +3513,10 @@ def test_eval_only_takes_another_mixture(learned, capsys):
         rows = printed_likelihood(capsys)
         nats = [rows[name][0] for name in ("1", "2", "8")]
         assert rows["mixture: Jensen"][0] == pytest.approx(np.dot(weights, nats), abs=2e-4)
-    assert "block_sizes" in refused(capsys, train, flags, "--block_sizes=1,64")
+    assert call(train, flags, "--block_sizes=1,32") == 0
+    whole = printed_likelihood(capsys)
+    assert call(train, flags, "--block_sizes=1,64") == 0  # no block is longer than the sequence
+    assert printed_likelihood(capsys)["mixture: Jensen"] == whole["mixture: Jensen"]
 
 
 @pytest.mark.parametrize("name, L", [("markov", 24), ("math", 128)])
@@ -3538,7 +3533,7 @@ def test_mixture_bounds_count_the_tokens_that_are_scored(
 
     def evaluate(model, data, meta, block_size, n_seqs, draws):
         nats = 1.0 if block_size == 1 else 3.0
-        return torch.full((draws, n_seqs), nats, dtype=torch.float64), scored
+        return torch.full((n_seqs,), nats, dtype=torch.float64), scored
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     capsys.readouterr()
@@ -3866,9 +3861,7 @@ DTYPES = [
 def test_bfloat16_is_for_gpus_that_have_it(gpu, flags, capability, bfloat16):
     gpu.capability = capability
     args, _ = train.read_flags(flags.split())
-    device, autocast = train.set_up_device(args)
-    assert isinstance(autocast, torch.autocast) == bfloat16
-    assert not bfloat16 or (autocast.device, autocast.fast_dtype) == (device.type, torch.bfloat16)
+    assert train.find_autocast(args, blockgen.find_device(args.device))._enabled == bfloat16
 
 
 FITTING = [("", "gpu"), ("--device=cpu", ""), ("--preset=cpu", "")]

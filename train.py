@@ -1,11 +1,12 @@
 """Train a block diffusion model on a mixture of block sizes.
 
     python train.py                                      # prepares its data; fits the machine
-    python train.py --dataset=shakespeare --max_iters=5000
+    python train.py --dataset=math                       # so does this: problems with answers
+    python train.py --dataset=shakespeare                # after python prepare_data.py shakespeare
     python train.py --block_sizes=1                      # an autoregressive model
-    python train.py --block_sizes=128                    # full-sequence diffusion: MDLM, or with
+    python train.py --block_sizes=1024                   # full-sequence diffusion: MDLM, or with
                                                          # --noise=uniform Duo
-    python train.py --preset=paper --dataset=openwebtext # 12 layers, 768 wide, L = 1024
+    python train.py --preset=paper                       # 12 layers, 768 wide, L = 1024
     python train.py --resume                             # go on from out/ckpt.pt, bit for bit
     python train.py --eval_only --eval_draws=8           # the likelihood of out/ckpt.pt
 
@@ -13,7 +14,6 @@ Writes OUT_DIR/ckpt.pt (atomically) and OUT_DIR/log.jsonl. All randomness is a f
 step, row): neither the number of parts of a batch (dropout aside) nor an interruption changes what
 is computed.
 """
-import contextlib
 import copy
 import json
 import math
@@ -61,7 +61,7 @@ class Settings:
     resume: bool = False  # go on from OUT_DIR/ckpt.pt, with its flags where none are given
     seed: int = 0  # of everything random, at least 0, at most 9e18
     # the objective
-    block_sizes: tuple = (1, 16)  # block sizes S to mix, at least 1, no more than L
+    block_sizes: tuple = (1, 16)  # block sizes S to mix, at least 1; above L: L
     block_weights: tuple = ()  # how much each counts in the loss, at least 1e-9; empty: alike
     loss: str = "nelbo"  # nelbo | ce: the bound on the likelihood, or (masked noise) unweighted
     t_min: float = 0.3  # least noise level, at least 1e-6, at most 0.99: small ones weigh 1/t
@@ -72,13 +72,13 @@ class Settings:
     optimizer: str = "muon"  # muon | adamw; muon is for the matrices
     learning_rate: float = 6e-3  # peak learning rate, at least 0
     lr_decay: str = "cosine"  # after the warm-up: cosine | constant
-    warmup_iters: int = 50  # steps of linear warm-up, at least 0
+    warmup_iters: int = 50  # steps of linear warm-up, at least 1
     weight_decay: float = 0.01  # on matrices, at least 0
     beta2: float = 0.99  # of AdamW, at least 0, at most 0.99999
     grad_clip: float = 1.0  # largest norm of the gradient, at least 0; 0: any
     ema: float = 0.95  # decay of the average of the weights, at least 0, at most 0.99999
     # evaluation
-    eval_interval: int = 300  # steps from one evaluation, with its checkpoint, at least 1
+    eval_interval: int = 300  # steps from one evaluation and checkpoint to the next, at least 1
     eval_seqs: int = 64  # validation sequences, with always the same noise, at least 2
     eval_only: bool = False  # no training: the likelihood of OUT_DIR/ckpt.pt, as a table
     eval_block_sizes: tuple = (1, 2, 4, 8, 16, 10**9)  # with --eval_only; at least 1, up to L
@@ -86,7 +86,7 @@ class Settings:
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda where there is one
     dtype: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 on a GPU that has it
-    compile: str = "auto"  # auto | True | False: torch.compile; auto: on a GPU with Triton
+    compile: bool = False  # torch.compile, on a GPU with Triton or on a CPU
 
     def __post_init__(self):
         check_settings(self)
@@ -98,8 +98,8 @@ class Settings:
 
 
 PRESETS = {
-    "cpu": dict(),
     "gpu": dict(  # about 5 GB of GPU memory
+        compile=True,
         dataset="alldocs",
         n_layer=6,
         n_head=6,
@@ -114,6 +114,7 @@ PRESETS = {
         eval_seqs=256,
     ),
     "paper": dict(  # about 14 GB of GPU memory
+        compile=True,
         dataset="openwebtext",
         n_layer=12,
         n_head=12,
@@ -152,9 +153,9 @@ def train_step(run, args):
     total = torch.zeros((), device=run.device)
     for part, rows in enumerate(torch.arange(args.batch_size).chunk(args.grad_accum)):
         torch.manual_seed(hash((args.seed, run.step, part)) % 2**63)  # for dropout
-        x0, given, block_size, t, u = draw_batch(run, args, rows)
+        *batch, given = draw_batch(run, args, rows)
         with run.autocast:
-            losses = run.model.token_losses(x0, block_size, t, u, given, args.loss, run.ar_weight)
+            losses = run.model.token_losses(*batch, given, args.loss, run.ar_weight)
         loss = mean_over_tokens(losses, given).sum() / args.batch_size
         loss.backward()
         total += loss.detach()
@@ -170,12 +171,12 @@ def train_step(run, args):
 
 def mean_over_tokens(losses, given):
     """(N,) means of losses (N, L) over the tokens of a row that are not given; those are zero."""
-    return losses.sum(1) / (~given).sum(1).clamp(min=1)
+    return losses.sum(1) / (~given).sum(1)
 
 
 def draw_batch(run, args, rows):
-    """Everything random about the given rows (R,) of a step's batch: x0 (R, L), which tokens are
-    given, block sizes (R,), t and u (R, L). Block sizes and, within the rows of one size, noise
+    """Everything random about some rows (R,) of a step's batch: x0 (R, L), block sizes (R,), t and
+    u (R, L), and which tokens are given (R, L). Block sizes and, within the rows of one size, noise
     levels are stratified over the whole batch."""
     key, L = (args.seed, run.step), run.model.config.seq_len
     point = (rows + random_numbers(*key, 0)) / args.batch_size  # the batch tiles [0, 1)
@@ -185,7 +186,8 @@ def draw_batch(run, args, rows):
     block_size = run.sizes[which]
     t, u = draw_noise(key, rows, stratum, block_size, L, args.t_min)
     chosen = (random_numbers(*key, 4, rows) * len(run.train)).long()
-    batch = *read_rows(run.train, chosen, run.meta), block_size, t.float(), u
+    x0, given = read_rows(run.train, chosen, run.meta)
+    batch = x0, block_size, t.float(), u, given
     return [x.to(run.device, non_blocking=True) for x in batch]
 
 
@@ -195,7 +197,7 @@ def shares(args):
     return [weight / sum(weights) for weight in weights]
 
 
-def mixture(sizes, weights, ar):
+def sizes_of_rows(sizes, weights, ar):
     """(block sizes (B,), weights (B,)) of the rows of a batch, and the share of block size 1 in the
     loss of every row. In the paper block size 1 takes rows of its own. Under ar="shift" every row
     has it beside another block size."""
@@ -217,7 +219,7 @@ def read_rows(rows, chosen, meta):
 
 def learning_rate(args, step):
     """Linear warm-up, then constant, or a cosine down to zero."""
-    rate = args.learning_rate * min(1, (step + 1) / max(1, args.warmup_iters))
+    rate = args.learning_rate * min(1, (step + 1) / args.warmup_iters)
     if args.lr_decay == "cosine":
         rate *= (1 + math.cos(math.pi * step / args.max_iters)) / 2
     return rate
@@ -283,14 +285,12 @@ def read_loss(run):
     loss, norm = result.tolist()
     run.unread = None
     run.recent = 0.95 * run.recent + 0.05 * loss if run.recent else loss
-    if not math.isfinite(loss + norm):
-        why = f"the loss is {loss}, the norm of its gradient {norm}"
-    elif run.recent > 5 * math.log(run.meta["vocab_size"]) + 5:
-        why = f"the loss has risen to {run.recent:.1f} nats"
-    else:
-        return run.log(step=step, loss=loss)
-    advice = "the last good checkpoint is kept. Try a lower --learning_rate"
-    raise ValueError(f"stopped at step {step}: {why}; {advice}")
+    highest = 5 * math.log(run.meta["vocab_size"]) + 5
+    if not (run.recent < highest and math.isfinite(norm)):
+        why = f"the loss is {run.recent:.1f} nats, the norm of its gradient {norm:.1f}"
+        advice = "the last good checkpoint is kept. Try a lower --learning_rate"
+        raise ValueError(f"stopped at step {step}: {why}; {advice}")
+    run.log(step=step, loss=loss)
 
 
 def report(run, args):
@@ -299,10 +299,11 @@ def report(run, args):
     words, figures, loss = [], {}, 0.0
     for S, share in zip(args.block_sizes, shares(args)):
         losses, _ = evaluate(run.average, run.val, run.meta, S, n_seqs)
-        figures[S] = nats, error = mean_and_error(losses)
-        loss += share * nats
+        nats, error = mean_and_error(losses)
         bits = nats / math.log(2) / run.meta["bytes_per_token"]
         words.append(f"S={S}: {nats:.4f} ± {error:.4f} nats, {bits:.3f} bits/byte")
+        figures[S] = nats, error
+        loss += share * nats
     if loss < run.best_loss:
         run.best_loss, run.best = loss, copy.deepcopy(run.average.state_dict())
     run.log(step=run.step, val=figures)
@@ -325,9 +326,10 @@ def save(run, args):
 def start(args, config):
     """All that a run consists of: model, average, optimizers, data, and where it is."""
     run = SimpleNamespace(stop=[], unread=None, recent=0.0, best=None, best_loss=math.inf, step=0)
-    run.device, run.autocast = set_up_device(args)
+    run.device = find_device(args.device)
+    run.autocast = find_autocast(args, run.device)
     run.train, run.val, run.meta = load_data(args, config.seq_len)
-    run.sizes, run.weights, run.ar_weight = mixture(args.block_sizes, shares(args), config.ar)
+    run.sizes, run.weights, run.ar_weight = sizes_of_rows(args.block_sizes, shares(args), config.ar)
     torch.manual_seed(args.seed)
     run.model = make_model(args, config, run.meta).to(run.device)
     run.average = copy.deepcopy(run.model).eval()
@@ -338,12 +340,12 @@ def start(args, config):
         restore(run)
     log = open(os.path.join(args.out_dir, "log.jsonl"), "a" if args.resume else "w", buffering=1)
     run.log = lambda **line: log.write(json.dumps(line) + "\n")
-    if args.compile == "True" or args.compile == "auto" and use_triton(run.device):
+    if args.compile and (run.device.type == "cpu" or use_triton(run.device)):
         torch._dynamo.config.suppress_errors = True  # a failing compiler costs speed, not the run
         for block in run.model.blocks:
             block.compile()
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: run.stop.append(name))
+        signal.signal(name, lambda *_: run.stop.append(True))
     n_parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(f"{n_parameters:.2f}M parameters on {run.device}; {len(run.train):,} rows; ", end="")
     print(f"unigram entropy {run.meta['unigram_nats']:.3f} nats", end="")
@@ -351,13 +353,11 @@ def start(args, config):
     return run
 
 
-def set_up_device(args):
-    """(device, autocast context)."""
-    device = find_device(args.device)
+def find_autocast(args, device):
+    """The precision of the training pass: bfloat16 by itself where it is fast."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if args.dtype == "bfloat16" or args.dtype == "auto" and fast:
-        return device, torch.autocast(device.type, torch.bfloat16)
-    return device, contextlib.nullcontext()
+    bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and fast
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def load_data(args, length):
@@ -378,10 +378,9 @@ def open_rows(folder, length):
         raise ValueError(f"the problems of {folder} need --seq_len={meta['row_length']}")
     if min(len(train), len(val)) < length:
         raise ValueError(f"{folder} is too small for --seq_len={length}")
-    if "row_length" in meta:
-        return train.reshape(-1, length), val.reshape(-1, length), meta
     windows = np.lib.stride_tricks.sliding_window_view
-    return windows(train, length), windows(val, length), meta
+    stride = meta.get("row_length", 1)
+    return windows(train, length)[::stride], windows(val, length)[::stride], meta
 
 
 def make_model(args, config, meta):
@@ -389,9 +388,15 @@ def make_model(args, config, meta):
     if not args.init_from or args.resume:
         return BlockGen(replace(config, vocab_size=meta["vocab_size"]))
     source, _ = load_checkpoint(args.init_from)
+    check_vocabulary(source, meta)
     model = BlockGen(replace(config, vocab_size=source.config.vocab_size))
     load_weights(model, source.state_dict(), args.init_from)
     return model
+
+
+def check_vocabulary(model, meta):
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise ValueError("the model has fewer tokens than the data")
 
 
 def restore(run):
@@ -416,30 +421,28 @@ def restore(run):
 @torch.no_grad()
 def evaluate(model, data, meta, block_size, n_seqs, draws=1, batch_size=16, seed=0):
     """NELBO of n_seqs rows, spread evenly over the data (n, L): nats per token, of problems per
-    token of the answer, float64 (draws, n_seqs); and how many tokens those are (n_seqs,).
+    token of the answer, float64 (n_seqs,), the mean of some draws of the noise; and how many tokens
+    those are (n_seqs,).
 
     The noise is a function of (seed, draw, sequence), so neither batch size nor machine moves the
     figures. t starts at 1e-6: what lies below adds less than is printed."""
     chosen = torch.linspace(0, len(data) - 1, n_seqs).long()
-    result = torch.empty(draws, n_seqs, dtype=torch.float64)
-    lengths = torch.empty(n_seqs)
+    nats, lengths = torch.zeros(2, n_seqs, dtype=torch.float64)
     for rows in torch.arange(n_seqs).split(batch_size):
         x0, given = read_rows(data, chosen[rows], meta)
-        lengths[rows] = (~given).sum(1).float()
+        lengths[rows] = (~given).sum(1).double()
         sizes = torch.full((len(rows),), block_size)
         for draw in range(draws):
             noise = draw_noise((seed, draw), rows, rows / n_seqs, sizes, x0.shape[1], t_min=1e-6)
             batch = (x.to(model.head.bias.device) for x in (x0, sizes, *noise, given))
             losses = model.token_losses(*batch).cpu()
-            result[draw, rows] = mean_over_tokens(losses, given).double()
-    return result, lengths
+            nats[rows] += mean_over_tokens(losses, given) / draws
+    return nats, lengths
 
 
-def mean_and_error(losses):
-    """Mean over sequences, and its standard error, of estimates (draws, n_seqs); the draws of a
-    sequence are averaged first."""
-    each = losses.mean(0)
-    return each.mean().item(), each.std().item() / len(each) ** 0.5
+def mean_and_error(nats):
+    """Mean over sequences, and its standard error."""
+    return nats.mean().item(), nats.std().item() / len(nats) ** 0.5
 
 
 def mixture_bounds(total, weights):
@@ -462,24 +465,23 @@ def mixture_bounds(total, weights):
 def eval_only(args):
     """Print the likelihood of OUT_DIR/ckpt.pt on validation data, by block size and under the
     mixture. Raises ValueError."""
-    device, _ = set_up_device(args)
-    model, content = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt"), device)
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    model, content = load_checkpoint(path, find_device(args.device))
     L = model.config.seq_len
     _, data, meta = open_rows(os.path.join(args.data_dir, args.dataset), L)
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise ValueError("the model has fewer tokens than the data")
+    check_vocabulary(model, meta)
     n_seqs = min(args.eval_seqs, len(data))
     losses = {}
     for S in sorted({min(L, S) for S in args.eval_block_sizes} | set(args.block_sizes)):
         losses[S], lengths = evaluate(model, data, meta, S, n_seqs, args.eval_draws)
-    total = torch.stack([losses[S].mean(0) for S in args.block_sizes]) * lengths
+    total = torch.stack([losses[S] for S in args.block_sizes]) * lengths
     jensen, log_sum_exp = mixture_bounds(total, shares(args))
-    losses["mixture: Jensen"] = jensen[None] / lengths
-    losses["mixture: log-sum-exp"] = log_sum_exp[None] / lengths
+    losses["mixture: Jensen"] = jensen / lengths
+    losses["mixture: log-sum-exp"] = log_sum_exp / lengths
     if "entropy_rate" in meta:
         truth = (meta["first_nats"] + (L - 1) * meta["entropy_rate"]) / L
-        losses["true entropy"] = torch.full((1, n_seqs), truth)
-    print(f"{model.config.noise} noise, {content['step']} steps, {n_seqs} sequences")
+        losses["true entropy"] = torch.full((n_seqs,), truth)
+    print(f"{model.config.noise} noise, best of {content['step']} steps, {n_seqs} sequences")
     print(f"{'block size':>20}     nats   ± s.e. bits/byte perplexity")
     for name, x in losses.items():
         nats, error = mean_and_error(x)
@@ -505,8 +507,6 @@ def read_flags(argv=None):
         defaults = asdict(saved["config"]) | saved["args"] | kept
     values = parse_flags(__doc__, Settings, Config, argv=argv, defaults=defaults)
     args, config = from_values(Settings, values), from_values(Config, values)
-    if max(args.block_sizes) > config.seq_len:
-        raise ValueError(f"--block_sizes must be at most --seq_len={config.seq_len}")
     if args.loss == "ce" and config.noise == "uniform":
         raise ValueError("--loss=ce is for masked noise: use --loss=nelbo with --noise=uniform")
     return args, config
