@@ -232,7 +232,7 @@ def fill_by_steps(run):
             score = arpc_score(run, x, xt, logits, k)
             sent_back = highest(score, free, count)
         run.watch(run, xt, x, sent_back)
-        xt = torch.where(sent_back, run.prior(RENOISE, k + 1), x)
+        xt = torch.where(sent_back, run.prior(RENOISE, k + 1), x) if guided else x
     run.keep(xt, free)
 
 

@@ -1693,7 +1693,8 @@ def test_evaluation_is_unbiased_and_in_float64(noise, ar):
     model.token_losses = record
     draws = []
     for seed in range(600):
-        each, _ = train.evaluate(model, STATES.numpy(), {}, n, len(STATES), batch_size=27, seed=seed)
+        rows = model, STATES.numpy(), {}, n, len(STATES)
+        each, _ = train.evaluate(*rows, batch_size=27, seed=seed)
         draws.append(each.mean() * n)
     draws = torch.stack(draws)
     error = draws.std() / math.sqrt(600)
@@ -2950,7 +2951,8 @@ def test_batches_are_stratified(start):
         _, sizes, t, _, _ = batch
         assert sorted(sizes.tolist()) == [1, 1, 5, 5, 5, 5, 24, 24]
         levels = t[sizes == 5][:, ::5].flatten().sort().values
-        assert close(levels.diff(), torch.tensor((1 - args.t_min) / 20), 1e-6)  # one in each twentieth
+        twentieth = torch.tensor((1 - args.t_min) / 20)
+        assert close(levels.diff(), twentieth, 1e-6)  # one level in each
 
 
 def test_under_shift_every_row_has_block_size_1():
