@@ -196,27 +196,14 @@ class Noise:
         """xt given x0: a token survives with probability alpha (broadcasts), else it becomes noise.
         u: one uniform number a token decides both."""
         u = torch.rand_like(x0, dtype=torch.float64) if u is None else u
-        rest = rescale(u, alpha, 1 - alpha)
-        noise = self.prior(x0.shape, x0.device, rest)
+        rest = (u - alpha) / (1 - alpha)  # uniform again, of the tokens that do not survive
+        noise = self.prior(x0.shape, x0.device, rest.clamp(0, 1 - 2**-53))
         return torch.where(u < alpha, x0, noise)
 
-    def posterior(self, probs, xt, alpha_s, alpha_t):
-        """p(xs | xt) (..., K) for alpha_s > alpha_t, if x0 ~ probs (..., V)."""
-        keep, predict, random = self.mixture(probs, xt, alpha_s, alpha_t)
-        change = predict[..., None] * probs + random[..., None] / self.vocab_size
-        change = F.pad(change, (0, self.n_embeddings - self.vocab_size))  # nothing becomes the mask
-        return change + keep[..., None] * F.one_hot(xt, self.n_embeddings)
-
     def step(self, probs, xt, alpha_s, alpha_t, u=None):
-        """A draw from the posterior by one uniform number a token: the part of the mixture that it
-        falls into decides, and where it falls in that part is uniform again."""
+        """A draw from the posterior, by one uniform number u a token."""
         u = torch.rand_like(xt, dtype=torch.float64) if u is None else u
-        keep, predict, random = self.mixture(probs, xt, alpha_s, alpha_t)
-        predicted = draw(probs, rescale(u, keep, predict))
-        rest = rescale(u, keep + predict, random)
-        noise = self.prior(xt.shape, xt.device, rest)
-        changed = torch.where(u < keep + predict, predicted, noise)
-        return torch.where(u < keep, xt, changed)
+        return draw(self.posterior(probs, xt, alpha_s, alpha_t), u)
 
 
 class MaskedNoise(Noise):
@@ -240,12 +227,13 @@ class MaskedNoise(Noise):
         weight = -dalpha / (1 - alpha) * (xt == self.mask)
         return weight * cross_entropy(logits, x0)
 
-    def mixture(self, probs, xt, alpha_s, alpha_t):
-        """With what probabilities (...) a step back keeps xt, draws from probs, draws noise: a mask
-        is revealed or stays, other tokens stay."""
+    def posterior(self, probs, xt, alpha_s, alpha_t):
+        """p(xs | xt) (..., V + 1) for alpha_s > alpha_t, if x0 ~ probs (..., V): a mask is revealed
+        or stays, other tokens stay (MDLM, section 3)."""
         reveal = (alpha_s - alpha_t) / (1 - alpha_t)
         reveal = reveal * (xt == self.mask).double()
-        return 1 - reveal, reveal, torch.zeros_like(reveal)
+        changed = F.pad(reveal[..., None] * probs, (0, 1))  # nothing becomes the mask
+        return changed.scatter_add(-1, xt[..., None], 1 - reveal[..., None])
 
 
 class UniformNoise(Noise):
@@ -289,20 +277,16 @@ class UniformNoise(Noise):
         rates = V * miss / log_pbar_i.exp()
         return -dalpha / (V * alpha) * (jumps + rates) / log_xbar_i.exp()
 
-    def mixture(self, probs, xt, alpha_s, alpha_t):
-        """With what probabilities (...) a step back keeps xt, draws from probs, draws noise."""
+    def posterior(self, probs, xt, alpha_s, alpha_t):
+        """p(xs | xt) (..., V) for alpha_s > alpha_t, if x0 ~ probs (..., V): xt stays, or a token
+        is drawn from probs, or at random (D3PM, arXiv 2107.03006, eq. 3)."""
+        V = self.vocab_size
         ratio = alpha_t / alpha_s
-        hit = self.vocab_size * alpha_t * pick(probs, xt).double()
-        keep = hit + ratio - alpha_t
-        predict = torch.full_like(keep, alpha_s - alpha_t)
-        random = torch.full_like(keep, (1 - ratio) * (1 - alpha_s))
+        hit = V * alpha_t * pick(probs, xt).double()
+        stays = hit + ratio - alpha_t
+        changed = (alpha_s - alpha_t) * probs.double() + (1 - ratio) * (1 - alpha_s) / V
         total = hit + 1 - alpha_t
-        return keep / total, predict / total, random / total
-
-
-def rescale(u, begin, width):
-    """Uniform numbers again: where in [begin, begin + width) those u lie that do lie there."""
-    return ((u - begin) / width).clamp(0, 1 - 2**-53)
+        return changed.scatter_add(-1, xt[..., None], stays[..., None]) / total[..., None]
 
 
 NOISES = {"masked": MaskedNoise, "uniform": UniformNoise}
@@ -732,7 +716,7 @@ def fold(w, config):
 
 def main():
     if len(sys.argv) != 3:
-        raise ValueError("say python blockgen.py FROM OUT.pt")
+        raise ValueError("say python blockgen.py FROM OUT.pt, from a folder or hf:org/repo/folder")
     source, target = sys.argv[1:]
     save_checkpoint(target, **convert(source))
 

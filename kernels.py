@@ -335,10 +335,10 @@ if triton is not None:
                 lse = tl.load(LSE + at_lse + query)
                 delta = tl.load(DELTA + at_lse + query)
                 score = tl.dot(q, tl.trans(k)) * scale
-                p = tl.exp2(score - lse[:, None])
                 if masked:
                     seen = visible(BOUNDS, query, key)
-                    p = tl.where(seen, p, 0.0)
+                    score = tl.where(seen, score, float("-inf"))
+                p = tl.exp2(score - lse[:, None])
                 dv += tl.dot(tl.trans(p.to(do.dtype)), do)
                 dp = tl.dot(do, tl.trans(v))
                 ds = p * (dp - delta[:, None])  # of the scores

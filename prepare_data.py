@@ -564,7 +564,10 @@ def parse_flags(description, *classes, argv=None, defaults=None, positional=None
         for name, comment in comments(settings).items():
             default = getattr(settings, name)
             values[name] = (defaults or {}).get(name, default)
-            text = f"{comment} (default: {values[name]})".replace("%", "%%")
+            shown = values[name]
+            if isinstance(default, tuple):
+                shown = ",".join(map(str, shown))
+            text = f"{comment} (default: {shown})".replace("%", "%%")
             flag = name if name == positional else f"--{name}"
             options = dict(help=text, type=reader(default))
             if isinstance(default, bool) or name == positional:
