@@ -2955,6 +2955,26 @@ def test_batches_are_stratified(start):
         assert close(levels.diff(), twentieth, 1e-6)  # one level in each
 
 
+def test_rows_of_a_dataset(data_dir):
+    """Of problems, each is one; of a text there is one at every position."""
+    problems, _, _ = prepare_data.open_data(data_dir / "math")
+    rows, _, _ = train.open_rows(data_dir / "math", 128)
+    assert np.array_equal(rows, problems.reshape(-1, 128))
+    text, _, _ = prepare_data.open_data(data_dir / "markov")
+    rows, _, _ = train.open_rows(data_dir / "markov", 24)
+    assert len(rows) == len(text) - 23
+    assert np.array_equal(rows[1000], text[1000:1024])
+
+
+def test_learning_rate():
+    args = train.Settings(learning_rate=2.0, warmup_iters=10, max_iters=1000)
+    assert train.learning_rate(args, 0) == pytest.approx(0.2)
+    assert train.learning_rate(args, 500) == pytest.approx(1.0)  # half of the cosine
+    assert train.learning_rate(args, 999) < 1e-4
+    args.lr_decay = "constant"
+    assert [train.learning_rate(args, step) for step in (4, 500, 999)] == [1.0, 2.0, 2.0]
+
+
 def test_under_shift_every_row_has_block_size_1():
     sizes, weights, ar_weight = train.sizes_of_rows([1, 5, 24], [0.25, 0.5, 0.25], "shift")
     assert sizes.tolist() == [5, 24]
