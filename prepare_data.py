@@ -138,9 +138,8 @@ def markov_chain(states, successors, length, seed):
     transitions = np.zeros((states, states))
     for row in transitions:
         row[rng.choice(states, successors, replace=False)] = rng.dirichlet(np.ones(successors))
-    stationary = np.ones(states) / states
-    for _ in range(10_000):  # power iteration, damped so that a periodic chain converges too
-        stationary = 0.5 * stationary + 0.5 * stationary @ transitions
+    lazy = (np.eye(states) + transitions) / 2  # so that a periodic chain converges too
+    stationary = np.linalg.matrix_power(lazy, 10_000).mean(0)
     uniform = rng.random(length)
     state = rng.choice(states, p=stationary / stationary.sum())
     cumulative = transitions.cumsum(1)
