@@ -14,10 +14,10 @@ Who sees whom is the only subtle thing. For four tokens and block size 2:
                 4  x x            x x
 
 In this file: the settings, the transformer, the noise, the model with its loss, generation with
-the cache; then initialization, random numbers, checkpoints.
+the cache; then initialization, random numbers, checkpoints, published weights.
 
-Notation: N rows, L = seq_len, S = block_size, V = vocab_size, K rows of the embedding (V, and one
-for the mask), d = n_embd, H heads of D; x0 clean tokens, xt noisy ones, t in (0, 1] the noise
+Notation: N rows, L = seq_len, S = block_size, V = vocab_size, d = n_embd, H heads of D; Q queries,
+T keys; x0 clean tokens, xt noisy ones, t in (0, 1] the noise
 level, alpha(t) the probability that a token is still clean. Losses are in nats per token.
 
 BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM, arXiv 2503.09573.
@@ -57,9 +57,9 @@ class Config:
     n_embd: int = 128  # width, at least 1
     dropout: float = 0.0  # at least 0, at most 0.99
     noise: str = "masked"  # kind of noise: masked | uniform
-    schedule: str = "linear"  # of alpha(t): linear | cosine
-    ar: str = "shift"  # shift | paper: at block size 1 token i - 1 predicts token i, or noise does
-    token_causal: bool = True  # a clean token sees up to itself; False: to the end of its block
+    schedule: str = "linear"  # how alpha(t), the share of clean tokens, falls: linear | cosine
+    ar: str = "shift"  # shift | paper: at block size 1 token i - 1 predicts i, or noise at i does
+    token_causal: bool = True  # clean tokens see up to themselves; False: to their block's end
     tied: bool = True  # the head is the embedding
     noisy_gain: float = 0.1  # where the learned gain on the embeddings of noisy tokens starts
 
@@ -185,7 +185,7 @@ def cross_entropy(logits, x0):
 
 
 class Noise:
-    """What both kinds have in common. K is V, or V + 1 if there is a mask."""
+    """What both kinds have in common. n_embeddings is V, or V + 1 if there is a mask."""
 
     mask = None
 
@@ -497,9 +497,9 @@ def initialize(model):
 
 
 def look_back(block, cos, sin):
-    """Let heads start with a taste for the previous token, strong in the first head, none in the
-    last: a noisy position learns nothing before it has found its neighbors, which is a plateau of
-    hundreds of steps. cos and sin (D / 2,): the rotation by one position.
+    """Let heads start with a preference for the previous token, strong in the first head, none in
+    the last: without it training stands still for hundreds of steps, until noisy positions have
+    found their neighbors. cos and sin (D / 2,): the rotation by one position.
 
     The norm's output sums to zero, so what a row of the weight has in common over its columns acts
     on the norm's bias alone. A bias of 1 makes that a constant, in the query and in the key; the
@@ -576,8 +576,9 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=name).device
+        assert device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device={name}: there is no such device here") from None
+        raise ValueError(f"--device={name}: no such device here, or neither cpu nor cuda") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as in the attention kernels
@@ -619,7 +620,7 @@ def load_weights(model, weights, path):
 
 def load_checkpoint(path, device="cpu"):
     """(model in evaluation mode, content of the checkpoint), with the weights that did best in
-    validation. Raises ValueError or OSError."""
+    validation, before the first one the last. Raises ValueError."""
     content = read_checkpoint(path)
     model = BlockGen(content["config"])
     load_weights(model, content.get("best") or content["model"], path)

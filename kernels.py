@@ -485,6 +485,7 @@ def benchmark(device, dtype):
                 o = attend(*qkv)
                 torch.autograd.grad(o.sum(), qkv)
 
+            step()  # compiles
             timer = Timer("step()", globals=dict(step=step), num_threads=torch.get_num_threads())
             seconds = timer.blocked_autorange(min_run_time=2).median
             print(f"  {name:18}{1e3 * seconds:9.2f} ms")

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-END = "<|endoftext|>"  # stands behind every document
+END = "<|endoftext|>"  # stands behind every document, but where tokens are characters
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -68,7 +68,7 @@ def documentation(library):
     for folder, folders, files in os.walk(library):
         folders[:] = sorted(set(folders) - SKIPPED)
         for name in sorted(f for f in files if f.endswith(".py")):
-            with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # some are broken on purpose
+            with contextlib.suppress(SyntaxError, ValueError):  # some are broken on purpose
                 with open(os.path.join(folder, name), encoding="utf-8") as file:
                     yield from docstrings(file.read())
 
@@ -399,8 +399,8 @@ def make_tokenizer(kind, text):
         chars = sorted(set(text))
         return {"kind": "char", "chars": chars, "vocab_size": len(chars), "end": None}
     size = re.fullmatch(r"bpe:(\d+)", kind)
-    if not size or not 257 <= int(size[1]) <= 65536:
-        kinds = "char, gpt2 or bpe:SIZE with SIZE from 257 to 65536"
+    if not size or not 257 <= int(size[1]) <= 16384:
+        kinds = "char, gpt2 or bpe:SIZE with SIZE from 257 to 16384"
         raise ValueError(f"tokenizer must be {kinds}, not {kind}")
     tokens = [token.hex() for token in learn_bpe(text, int(size[1]) - 1)]
     return {"kind": "bpe", "tokens": tokens, "vocab_size": len(tokens) + 1, "end": len(tokens)}
@@ -429,6 +429,13 @@ def load_tokenizer(description):
     return encoding.encode_ordinary, decode
 
 
+def check_tokenizer(ours, theirs):
+    """Raises ValueError if the metas of a model and of data have different tokenizers."""
+    for name in ("kind", "tokens", "chars"):
+        if ours["tokenizer"].get(name) != theirs["tokenizer"].get(name):
+            raise ValueError("the data have another tokenizer than the model: were they remade?")
+
+
 def load_chars(chars):
     """The same for a vocabulary of characters."""
     ids = {c: i for i, c in enumerate(chars)}
@@ -454,7 +461,10 @@ def entropy(counts):
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """A temporary folder that takes the name `folder` if, and only if, nothing goes wrong."""
+    """A temporary folder that takes the name `folder` if, and only if, nothing goes wrong. Raises
+    ValueError rather than replace what is no dataset."""
+    if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "meta.json")):
+        raise ValueError(f"{folder} exists and is no dataset: choose another --data_dir")
     temporary = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(temporary)
     try:
@@ -503,7 +513,7 @@ def write_dataset(folder, documents, meta):
 
 
 def open_data(folder):
-    """(train, val, meta): memory-mapped tokens. Raises ValueError if they are not as meta says."""
+    """(train, val, meta): memory-mapped tokens. Raises ValueError if some are missing."""
     tokens = []
     try:
         with open(os.path.join(folder, "meta.json")) as file:

@@ -4,14 +4,14 @@
     python sample.py --sampler=ar                     # the same weights, one token at a time
     python sample.py --sampler=arpc --steps=8         # diffusion proposes, the AR side sends back
     python sample.py --sampler=speculative            # diffusion drafts, AR verifies: AR samples
-    python sample.py --prompt="Return the" --watch    # every pass, in the terminal
+    python sample.py --prompt="Return the" --watch    # every step, in the terminal
     python sample.py --template="Return the ____ of"  # k > 1 underscores are k tokens to fill in
     python sample.py --table --num_samples=64         # quality against passes, every sampler
     python sample.py --ckpt=out-math/ckpt.pt --problem=17 --watch    # a math problem and its answer
 
 One loop over blocks, `generate`, serves all samplers: each is a function that fills one block. What
-is drawn depends on seed, row, position and step alone. So a row does not depend on its batch, but
-for speculative decoding, where its law does not: there rows wait for the slowest one.
+is drawn depends on seed, row, position and step alone, so a row is the same in any batch. The
+exception is speculative decoding, where rows wait for the slowest one: its law is the same.
 """
 import os
 import re
@@ -23,6 +23,7 @@ from blockgen import SCHEDULES, draw, find_device, load_checkpoint, pick, random
 from prepare_data import (
     END,
     check_settings,
+    check_tokenizer,
     from_values,
     is_question,
     is_right,
@@ -51,7 +52,7 @@ class Options:
     block_size: int = 16  # tokens a block, at least 1; the length if that is less
     steps: int = 16  # reverse steps a block, at least 1
     schedule: str = "model"  # of the steps: linear | cosine | model; model: as in its training
-    ar_tokens: int = 0  # write so many tokens by AR first, at least 0
+    ar_tokens: int = 0  # the first so many, prompt included, are written by AR; at least 0
     criterion: str = "ar_nll"  # arpc: what is sent back (in the paper kld); --criterion=? lists all
     warmup: int = 0  # arpc: steps of a block before guidance sets in, at least 0
     guide_every: int = 1  # arpc: steps from one guided step to the next, at least 1
@@ -77,7 +78,7 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
 
     given (n, length): tokens that stand already, -1 where free; anywhere, and different in each
     row. They are never noised. stop: a token that ends a row; the row is filled up with it. Rows
-    count from first_row in the key of the random numbers. watch: called after every pass.
+    count from first_row in the key of the random numbers. watch: called after every step.
     stats: nfe (network passes), tokens (written), seconds. Raises ValueError."""
     o = Options(**options)
     check_request(model, length, o)
@@ -243,7 +244,7 @@ def highest(score, free, count):
 
 
 def arpc_score(run, x, xt, logits, step):
-    """What ARPC's criterion has against each token of a proposal x (N, n) for xt.
+    """How bad ARPC's criterion finds each token of a proposal x (N, n) made from xt.
 
     With masked noise the diffusion distribution of a token that was revealed before this step is a
     point mass. There kld is infinite, and reverse_kld, -log p_AR(token), takes its place."""
@@ -377,7 +378,7 @@ def make_judge(meta, decode, train, problems):
     if "transitions" in meta:
         possible = np.array(meta["transitions"]) > 0
         return lambda i, tokens: possible[tokens[:-1], tokens[1:]].mean()
-    known = set(re.findall(r"[A-Za-z]+", decode(train.tolist())))
+    known = set(re.findall(r"[A-Za-z]+", decode(train[:10_000_000].tolist())))
 
     def known_words(i, tokens):
         words = re.findall(r"[A-Za-z]+", decode(tokens))[1:-1]  # the outer ones may be cut
@@ -431,15 +432,15 @@ def plot(panels, path):
 
 @dataclass
 class Flags:
-    ckpt: tuple = ("out/ckpt.pt",)  # the checkpoint; for a table perhaps several
+    ckpt: tuple = ("out/ckpt.pt",)  # the checkpoint; for a table several, with commas between
     num_samples: int = 1  # how many samples, at least 1
     batch_size: int = 32  # how many of them at a time, at least 1
-    length: int = 0  # tokens of a text, at least 0, at most 1e9; 0: as many as can be
+    length: int = 0  # tokens of a text, at least 0, at most 1e6; 0: as many as can be
     prompt: str = ""  # what a text begins with
     template: str = ""  # a text with holes: k > 1 underscores are k tokens
     problem: int = -1  # solve this test problem of the checkpoint's dataset; at least -1: none
     device: str = "auto"  # cpu, cuda, ...; auto: cuda where there is one
-    watch: bool = False  # show every pass
+    watch: bool = False  # show every step
     table: bool = False  # no text, but quality against passes for every sampler
     plot: str = ""  # with --table: a picture of it, PNG (needs matplotlib)
 
@@ -506,6 +507,7 @@ def sample(path, flags, options):
             raise ValueError(f"{path} was converted: it has no dataset to judge samples by")
         folder = os.path.join(content["args"]["data_dir"], content["args"]["dataset"])
         train, val, meta = open_data(folder)
+        check_tokenizer(content["meta"], meta)
         if "row_length" in meta:
             problems = choose_problems(val, meta, flags)
             given = problems.where(is_question(problems, stop), -1)

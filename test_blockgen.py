@@ -2773,6 +2773,14 @@ def test_shakespeare_is_downloaded(tmp_path, monkeypatch):
     assert meta["train_tokens"] + meta["val_tokens"] == 19 * 50
 
 
+def test_what_is_no_dataset_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "markov").mkdir()
+    (tmp_path / "markov" / "book.txt").write_text("precious")
+    assert call(prepare_data, f"markov --tokens=1000 --data_dir={tmp_path}") == 2
+    assert "no dataset" in capsys.readouterr().err
+    assert (tmp_path / "markov" / "book.txt").read_text() == "precious"
+
+
 def test_a_failure_leaves_the_old_dataset(tmp_path, monkeypatch):
     prepare("markov", tmp_path, states=8, successors=3, tokens=1000)
     before = (tmp_path / "markov" / "train.bin").read_bytes()
@@ -3278,6 +3286,24 @@ def test_a_checkpoint_of_fewer_tokens_is_refused(data_dir, checkpoint, tmp_path,
     assert "fewer tokens" in refused(capsys, train, flags, start)
     evaluation = f"--eval_only --out_dir={checkpoint.parent} --dataset=math"
     assert "seq_len" in refused(capsys, train, flags, evaluation)
+
+
+def test_data_of_another_tokenizer_are_refused(data_dir, checkpoint, tmp_path, capsys):
+    prepare("markov", tmp_path, states=11, successors=3, tokens=5000)
+    other = f"--data_dir={tmp_path} --device=cpu --out_dir={checkpoint.parent}"
+    assert "another tokenizer" in refused(capsys, train, other, "--eval_only")
+    assert "another tokenizer" in refused(capsys, train, other, "--resume")
+    remade = tmp_path / "ckpt.pt"
+    content = torch.load(checkpoint)
+    content["args"]["data_dir"] = str(tmp_path)
+    save_checkpoint(remade, **content)
+    assert "another tokenizer" in refused(capsys, sample, f"--ckpt={remade} --table")
+
+
+def test_problems_are_made_as_long_as_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "prepare", partial(prepare, problems=200))
+    _, _, meta = train.load_data(SimpleNamespace(data_dir=str(tmp_path), dataset="math"), 160)
+    assert meta["row_length"] == 160
 
 
 def test_damaged_data_are_refused(data_dir, tmp_path, capsys):
@@ -3788,11 +3814,13 @@ def test_training_starts_from_published_weights(data_dir, tmp_path, capsys):
     source = write_published(tmp_path, published_tensors("masked", K=14))
     path = tmp_path / "ckpt.pt"
     assert call(blockgen, source, str(path)) == 0
-    assert "init_from" in refused(capsys, train, f"--resume --device=cpu --out_dir={tmp_path}")
+    data = f"--dataset=markov --data_dir={data_dir} --device=cpu"
+    assert "init_from" in refused(capsys, train, data, f"--resume --out_dir={tmp_path}")
     flags = "--n_layer=2 --n_embd=24 --seq_len=21 --ar=paper --tied=false --max_iters=1"
     content = run_training(data_dir, tmp_path / "out", flags, f"--init_from={path}")
     assert content["config"].vocab_size == 13
     assert content["meta"]["vocab_size"] == 12
+    assert call(train, f"--resume --out_dir={tmp_path}/out --device=cpu --max_iters=2") == 0
 
 
 @pytest.mark.parametrize("prompt", ["", "AB"])

@@ -7,12 +7,12 @@
     python train.py --block_sizes=1024                   # full-sequence diffusion: MDLM, or with
                                                          # --noise=uniform Duo
     python train.py --preset=paper                       # 12 layers, 768 wide, L = 1024
-    python train.py --resume                             # go on from out/ckpt.pt, bit for bit
+    python train.py --resume                             # go on from out/ckpt.pt
     python train.py --eval_only --eval_draws=8           # the likelihood of out/ckpt.pt
 
 Writes OUT_DIR/ckpt.pt (atomically) and OUT_DIR/log.jsonl. All randomness is a function of (seed,
 step, row): neither the number of parts of a batch (dropout aside) nor an interruption changes what
-is computed.
+is computed (on a GPU up to rounding, for its sums have no fixed order).
 """
 import copy
 import json
@@ -36,6 +36,7 @@ from blockgen import (
 from kernels import use_triton
 from prepare_data import (
     check_settings,
+    check_tokenizer,
     from_values,
     is_question,
     open_data,
@@ -61,14 +62,14 @@ class Settings:
     resume: bool = False  # go on from OUT_DIR/ckpt.pt, with its flags where none are given
     seed: int = 0  # of everything random, at least 0, at most 9e18
     # the objective
-    block_sizes: tuple = (1, 16)  # block sizes S to mix, at least 1; above L: L
-    block_weights: tuple = ()  # how much each counts in the loss, at least 1e-9; empty: alike
+    block_sizes: tuple = (1, 16)  # block sizes S to mix, at least 1, at most 1e9; above L: L
+    block_weights: tuple = ()  # how much each counts, at least 1e-9, at most 1e6; by default alike
     loss: str = "nelbo"  # nelbo | ce: the bound on the likelihood, or (masked noise) unweighted
-    t_min: float = 0.3  # least noise level, at least 1e-6, at most 0.99: small ones weigh 1/t
+    t_min: float = 0.3  # least noise level in training, at least 1e-6, at most 0.99
     # optimization
     max_iters: int = 1800  # steps, at least 1
     batch_size: int = 8  # rows a step, over all parts, at least 1
-    grad_accum: int = 1  # parts in which the rows of a step are worked off, at least 1
+    grad_accum: int = 1  # parts in which a step's rows are computed one by one, at least 1
     optimizer: str = "muon"  # muon | adamw; muon is for the matrices
     learning_rate: float = 6e-3  # peak learning rate, at least 0
     lr_decay: str = "cosine"  # after the warm-up: cosine | constant
@@ -148,8 +149,8 @@ PRESETS = {
 
 
 def train_step(run, args):
-    """Gradients of this step's batch, a step of the optimizers; (loss in nats per token, norm of
-    the gradient), a tensor that nobody has waited for yet."""
+    """Gradients of this step's batch, a step of the optimizers; a tensor: loss in nats per token,
+    norm of the gradient."""
     total = torch.zeros((), device=run.device)
     for part, rows in enumerate(torch.arange(args.batch_size).chunk(args.grad_accum)):
         torch.manual_seed(hash((args.seed, run.step, part)) % 2**63)  # for dropout
@@ -182,7 +183,7 @@ def draw_batch(run, args, rows):
     point = (rows + random_numbers(*key, 0)) / args.batch_size  # the batch tiles [0, 1)
     begin = run.weights.cumsum(0) - run.weights
     which = torch.searchsorted(begin, point, right=True) - 1
-    stratum = (point - begin[which]) / run.weights[which]  # so do the rows of each block size
+    stratum = (point - begin[which]) / run.weights[which]  # those of each size tile it, too
     block_size = run.sizes[which]
     t, u = draw_noise(key, rows, stratum, block_size, L, args.t_min)
     chosen = (random_numbers(*key, 4, rows) * len(run.train)).long()
@@ -258,39 +259,30 @@ def train(args, config):
     run = start(args, config)
     with tqdm(total=args.max_iters, initial=run.step, smoothing=0) as bar:
         while run.step < args.max_iters and not run.stop:
-            result = train_step(run, args)
-            read_loss(run)  # of the step before, which is there by now: reading it does not wait
-            run.unread = run.step, result
+            note_loss(run, *train_step(run, args).tolist())
             run.step += 1
             bar.set_postfix(loss=f"{run.recent:.3f}", refresh=False)
             bar.update()
             if run.step % args.eval_interval == 0 or run.step == args.max_iters:
-                read_loss(run)
                 bar.write(report(run, args))
                 save(run, args)
-        read_loss(run)
-    if run.step == args.max_iters:
+    if run.step >= args.max_iters:
         print(f"done; now: python sample.py --ckpt={run.path}")
     else:
         save(run, args)
         print(f"stopped at step {run.step}: --resume goes on")
 
 
-def read_loss(run):
-    """Log the loss that has not been read yet. Raises ValueError if it, or the gradient, is not
-    finite or the loss explodes: the last checkpoint was saved before that."""
-    if run.unread is None:
-        return
-    step, result = run.unread
-    loss, norm = result.tolist()
-    run.unread = None
+def note_loss(run, loss, norm):
+    """Log the loss of a step. Raises ValueError if it, or the gradient, is not finite or the loss
+    explodes: the last checkpoint was saved before that."""
     run.recent = 0.95 * run.recent + 0.05 * loss if run.recent else loss
     highest = 5 * math.log(run.meta["vocab_size"]) + 5
     if not (run.recent < highest and math.isfinite(norm)):
         why = f"the loss is {run.recent:.1f} nats, the norm of its gradient {norm:.1f}"
         advice = "the last good checkpoint is kept. Try a lower --learning_rate"
-        raise ValueError(f"stopped at step {step}: {why}; {advice}")
-    run.log(step=step, loss=loss)
+        raise ValueError(f"stopped at step {run.step}: {why}; {advice}")
+    run.log(step=run.step, loss=loss)
 
 
 def report(run, args):
@@ -325,7 +317,7 @@ def save(run, args):
 
 def start(args, config):
     """All that a run consists of: model, average, optimizers, data, and where it is."""
-    run = SimpleNamespace(stop=[], unread=None, recent=0.0, best=None, best_loss=math.inf, step=0)
+    run = SimpleNamespace(stop=[], recent=0.0, best=None, best_loss=math.inf, step=0)
     run.device = find_device(args.device)
     run.autocast = find_autocast(args, run.device)
     run.train, run.val, run.meta = load_data(args, config.seq_len)
@@ -366,7 +358,7 @@ def load_data(args, length):
     makes_itself = args.dataset in ("pydocs", "alldocs", "markov", "math")
     if makes_itself and not os.path.exists(folder):
         print(f"preparing {folder} ...")
-        prepare(args.dataset, args.data_dir)
+        prepare(args.dataset, args.data_dir, seq_len=length)
     return open_rows(folder, length)
 
 
@@ -384,28 +376,29 @@ def open_rows(folder, length):
 
 
 def make_model(args, config, meta):
-    """A new model, or one that starts from the weights of --init_from."""
-    if not args.init_from or args.resume:
+    """A new model, that of the checkpoint with --resume, or one with the weights of --init_from."""
+    if args.resume:
+        path = os.path.join(args.out_dir, "ckpt.pt")
+        saved = read_checkpoint(path)
+        if "optimizers" not in saved:
+            raise ValueError(f"{path} is no run of train.py: start from it with --init_from")
+        check_tokenizer(saved["meta"], meta)
+        if replace(config, vocab_size=saved["config"].vocab_size) != saved["config"]:
+            raise ValueError(f"--resume goes on with the model of {path}, which no flag changes")
+        return BlockGen(saved["config"])
+    if not args.init_from:
         return BlockGen(replace(config, vocab_size=meta["vocab_size"]))
     source, _ = load_checkpoint(args.init_from)
-    check_vocabulary(source, meta)
+    if meta["vocab_size"] > source.config.vocab_size:
+        raise ValueError(f"{args.init_from} has fewer tokens than the data")
     model = BlockGen(replace(config, vocab_size=source.config.vocab_size))
     load_weights(model, source.state_dict(), args.init_from)
     return model
 
 
-def check_vocabulary(model, meta):
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise ValueError("the model has fewer tokens than the data")
-
-
 def restore(run):
-    """Put a checkpoint into the state of a run. Raises ValueError if it does not fit."""
+    """Put a checkpoint into the state of a run."""
     content = read_checkpoint(run.path)
-    if "optimizers" not in content:
-        raise ValueError(f"{run.path} is no run of train.py: start from it with --init_from")
-    if content["config"] != run.model.config:
-        raise ValueError(f"--resume goes on with the model of {run.path}, which no flag changes")
     load_weights(run.model, content["model"], run.path)
     load_weights(run.average, content["average"], run.path)
     for optimizer, state in zip(run.optimizers, content["optimizers"]):
@@ -469,7 +462,8 @@ def eval_only(args):
     model, content = load_checkpoint(path, find_device(args.device))
     L = model.config.seq_len
     _, data, meta = open_rows(os.path.join(args.data_dir, args.dataset), L)
-    check_vocabulary(model, meta)
+    check_tokenizer(content["meta"], meta)
+    args.block_sizes = [min(L, S) for S in args.block_sizes]
     n_seqs = min(args.eval_seqs, len(data))
     losses = {}
     for S in sorted({min(L, S) for S in args.eval_block_sizes} | set(args.block_sizes)):
