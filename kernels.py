@@ -143,9 +143,8 @@ def tile_states(seen, tile):
     return some.int() + whole
 
 
-def join(pieces, chosen):
-    """The chosen pieces (..., T, D) behind one another."""
-    pieces = [pieces[i] for i in chosen]
+def join(pieces):
+    """Pieces (..., T, D) behind one another; a single one is not copied."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
 
@@ -160,12 +159,14 @@ def make_masks(view, q):
     in_tiles = n_queries > 128 and q.device.type == "cpu"
     tile = 64 if in_tiles else max(n_queries, n_keys)
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)
-    states = tile_states(seen, tile).amax(0)  # (QT, KT)
+    states = torch.ones(1, 1)  # (QT, KT)
+    if in_tiles:
+        states = tile_states(seen, tile).amax(0)
     masks = []
     for row, queries in zip(states, seen.split(tile, 1)):
         tiles = row.nonzero()[:, 0].tolist()
         key_tiles = queries.mT.split(tile, 1)
-        seen_there = join(key_tiles, tiles).mT  # (R, tile, keys)
+        seen_there = join([key_tiles[i] for i in tiles]).mT  # (R, tile, keys)
         mask = None
         if not seen_there.all():
             mask = torch.where(seen_there, 0.0, -math.inf)
@@ -182,11 +183,11 @@ def attention_torch(q, k, v, view):
     v_tiles = v[:, :, :n_keys].split(tile, 2)
     outputs = []
     for q_tile, (tiles, mask) in zip(q.split(tile, 2), masks):
-        keys = join(k_tiles, tiles)
-        values = join(v_tiles, tiles)
+        keys = join([k_tiles[i] for i in tiles])
+        values = join([v_tiles[i] for i in tiles])
         o = F.scaled_dot_product_attention(q_tile, keys, values, mask)
         outputs.append(o)
-    return torch.cat(outputs, 2)
+    return join(outputs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -384,7 +385,8 @@ class TritonAttention(torch.autograd.Function):
         key = n_keys, options["TILE"], q.device
         bounds, by_query, by_key = view.plan(key, lambda: make_tables(view, *key))
         o = torch.empty_like(q)
-        lse = q.new_empty((N, H, bounds.shape[1]), dtype=torch.float32)
+        n_padded = bounds.shape[1]
+        lse = q.new_empty((N, H, n_padded), dtype=torch.float32)
         scale = math.log2(math.e) / math.sqrt(D)  # log2(e), for the kernels use exp2 and log2
         ctx.sizes = scale, n_queries, n_keys, len(bounds)
         grid = by_query.shape[1], H, N

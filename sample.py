@@ -155,7 +155,9 @@ class Run:
     def verify(self, x, step):
         """AR logits of the block of proposed tokens x (N, n)."""
         self.nfe += 1
-        noise = self.prior(VERIFY, step)  # under ar="paper" predictions are read from it
+        noise = None
+        if self.model.config.ar == "paper":  # predictions are read from noise tokens
+            noise = self.prior(VERIFY, step)
         return self.model.verify(x, self.cache, noise)
 
     def distribution(self, logits):

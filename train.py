@@ -323,13 +323,14 @@ def start(args, config):
     run.train, run.val, run.meta = load_data(args, config.seq_len)
     run.sizes, run.weights, run.ar_weight = sizes_of_rows(args.block_sizes, shares(args), config.ar)
     torch.manual_seed(args.seed)
-    run.model = make_model(args, config, run.meta).to(run.device)
+    run.path = os.path.join(args.out_dir, "ckpt.pt")
+    saved = read_checkpoint(run.path) if args.resume else None
+    run.model = make_model(args, config, run.meta, saved).to(run.device)
     run.average = copy.deepcopy(run.model).eval()
     run.optimizers = make_optimizers(run.model, args)
     os.makedirs(args.out_dir, exist_ok=True)
-    run.path = os.path.join(args.out_dir, "ckpt.pt")
-    if args.resume:
-        restore(run)
+    if saved:
+        restore(run, saved)
     log = open(os.path.join(args.out_dir, "log.jsonl"), "a" if args.resume else "w", buffering=1)
     run.log = lambda **line: log.write(json.dumps(line) + "\n")
     if args.compile and (run.device.type == "cpu" or use_triton(run.device)):
@@ -375,11 +376,10 @@ def open_rows(folder, length):
     return windows(train, length)[::stride], windows(val, length)[::stride], meta
 
 
-def make_model(args, config, meta):
-    """A new model, that of the checkpoint with --resume, or one with the weights of --init_from."""
-    if args.resume:
+def make_model(args, config, meta, saved):
+    """A new model, that of the checkpoint saved, or one with the weights of --init_from."""
+    if saved:
         path = os.path.join(args.out_dir, "ckpt.pt")
-        saved = read_checkpoint(path)
         if "optimizers" not in saved:
             raise ValueError(f"{path} is no run of train.py: start from it with --init_from")
         check_tokenizer(saved["meta"], meta)
@@ -396,9 +396,8 @@ def make_model(args, config, meta):
     return model
 
 
-def restore(run):
+def restore(run, content):
     """Put a checkpoint into the state of a run."""
-    content = read_checkpoint(run.path)
     load_weights(run.model, content["model"], run.path)
     load_weights(run.average, content["average"], run.path)
     for optimizer, state in zip(run.optimizers, content["optimizers"]):
