@@ -22,7 +22,7 @@ level, alpha(t) the probability that a token is still clean. Losses are in nats 
 
 BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM, arXiv 2503.09573.
 
-    python blockgen.py FROM OUT.pt     # converts published weights: a folder, or hf:org/repo/folder
+    python blockgen.py FOLDER OUT.pt     # converts published weights
 """
 import json
 import math
@@ -149,10 +149,14 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, view, cache)
         return self.norm(x)
 
-    def logits(self, states):
-        """(..., d) -> (..., V)"""
+    def head_weight(self):
+        """(V, d): nothing predicts the mask."""
         weight = self.embedding.weight if self.config.tied else self.head.weight
-        weight = weight[: self.config.vocab_size]  # nothing predicts the mask
+        return weight[: self.config.vocab_size]
+
+    def logits(self, states, weight=None):
+        """(..., d) -> (..., V). weight: head_weight(), if several calls share it."""
+        weight = self.head_weight() if weight is None else weight
         return F.linear(states, weight, self.head.bias)
 
 
@@ -179,9 +183,7 @@ def pick(x, index):
 def cross_entropy(logits, x0):
     """-log p(x0), nats (...), from logits (..., V). In float32: a bfloat16 softmax does not sum
     to 1."""
-    logits = logits.float().flatten(0, -2)
-    losses = F.cross_entropy(logits, x0.flatten(), reduction="none")
-    return losses.view_as(x0)
+    return -pick(logits.float().log_softmax(-1), x0)
 
 
 class Noise:
@@ -380,8 +382,9 @@ class BlockGen(Transformer):
         more than `kept` together, none are kept for backward, which computes them again."""
 
         def one_chunk(states, *inputs):
-            return loss(self.logits(states), *inputs)
+            return loss(self.logits(states, weight), *inputs)
 
+        weight = self.head_weight()  # once: the gradient of each slice is as large as the whole
         index = where.flatten().nonzero()[:, 0]  # (M,)
         V = self.config.vocab_size
         chunks = []
@@ -395,10 +398,10 @@ class BlockGen(Transformer):
         everywhere = everywhere.index_copy(0, index, losses)
         return everywhere.view_as(where)
 
-    def new_cache(self, n_rows, length=None):
-        """An empty cache for n_rows rows of up to length tokens (by default seq_len)."""
+    def new_cache(self, n_rows):
+        """An empty cache for n_rows rows of up to seq_len tokens."""
         config = self.config
-        slots = length or config.seq_len
+        slots = config.seq_len
         state = None
         if config.ar == "shift":
             state = self.first.expand(n_rows, 1, -1)
@@ -610,20 +613,12 @@ def read_checkpoint(path):
     return content
 
 
-def load_weights(model, weights, path):
-    """load_state_dict, but what does not fit is one line (ValueError)."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {error}") from None
-
-
 def load_checkpoint(path, device="cpu"):
     """(model in evaluation mode, content of the checkpoint), with the weights that did best in
-    validation, before the first one the last. Raises ValueError."""
+    validation, before the first one the last. Raises what read_checkpoint raises."""
     content = read_checkpoint(path)
     model = BlockGen(content["config"])
-    load_weights(model, content.get("best") or content["model"], path)
+    model.load_state_dict(content.get("best") or content["model"])
     return model.to(device).eval(), content
 
 
@@ -631,10 +626,9 @@ def load_checkpoint(path, device="cpu"):
 # Published weights: a DiT whose time is always 0
 
 
-def convert(source):
-    """The content of a checkpoint from config.json and model.safetensors in a folder, or at
-    hf:org/repo/folder. Raises ValueError, OSError or ImportError."""
-    folder = download(source[3:]) if source.startswith("hf:") else source
+def convert(folder):
+    """The content of a checkpoint from config.json and model.safetensors in a folder. Raises
+    ValueError or ImportError."""
     from safetensors.torch import load_file
 
     try:
@@ -655,22 +649,13 @@ def convert(source):
         )
         model = BlockGen(config)
         model.load_state_dict(fold(w, config))
-        assert all(x.isfinite().all() for x in model.parameters()), "some are not finite"
         assert torch.allclose(w["rotary_emb.inv_freq"].cos(), model.rotary[0, 1], atol=1e-4)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{source} does not have the published layout ({reason})") from None
+        raise ValueError(f"{folder} does not have the published layout ({reason})") from None
     meta = {"tokenizer": dict(kind="gpt2", start=50256, end=50256)}
     weights = model.state_dict()
     return dict(config=asdict(config), model=weights, meta=meta, args={}, step=0)
-
-
-def download(name):
-    """The folder of org/repo/folder of the Hugging Face hub, on this machine."""
-    from huggingface_hub import snapshot_download
-
-    org, repo, folder = name.split("/", 2)
-    return os.path.join(snapshot_download(f"{org}/{repo}", allow_patterns=f"{folder}/*"), folder)
 
 
 def fold(w, config):
@@ -681,7 +666,7 @@ def fold(w, config):
     def layer(x, name):
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
-    time = torch.cat([torch.ones(128), torch.zeros(128)])  # the cosines and sines of 0
+    time = torch.arange(256) < 128  # the cosines of 0, then the sines
     condition = F.silu(layer(time.double(), "sigma_map.mlp.0"))
     condition = F.silu(layer(condition, "sigma_map.mlp.2"))
     shift, scale = layer(condition, "output_layer.adaLN_modulation").chunk(2)
@@ -717,9 +702,9 @@ def fold(w, config):
 
 def main():
     if len(sys.argv) != 3:
-        raise ValueError("say python blockgen.py FROM OUT.pt, from a folder or hf:org/repo/folder")
-    source, target = sys.argv[1:]
-    save_checkpoint(target, **convert(source))
+        raise ValueError("say python blockgen.py FOLDER OUT.pt")
+    folder, target = sys.argv[1:]
+    save_checkpoint(target, **convert(folder))
 
 
 if __name__ == "__main__":

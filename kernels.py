@@ -159,25 +159,20 @@ def make_masks(view, q):
     in_tiles = n_queries > 128 and q.device.type == "cpu"
     tile = 64 if in_tiles else max(n_queries, n_keys)
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)
-    states = torch.ones(1, 1)  # (QT, KT)
-    if in_tiles:
-        states = tile_states(seen, tile).amax(0)
+    states = tile_states(seen, tile).amax(0)  # (QT, KT)
     masks = []
     for row, queries in zip(states, seen.split(tile, 1)):
         tiles = row.nonzero()[:, 0].tolist()
-        key_tiles = queries.mT.split(tile, 1)
-        seen_there = join([key_tiles[i] for i in tiles]).mT  # (R, tile, keys)
-        mask = None
-        if not seen_there.all():
-            mask = torch.where(seen_there, 0.0, -math.inf)
-            mask = mask[:, None].to(q.device, q.dtype)  # (R, 1, tile, keys)
+        key_tiles = queries.split(tile, 2)
+        mask = torch.cat([key_tiles[i] for i in tiles], 2)  # (R, tile, keys)
+        mask = None if mask.all() else mask[:, None].to(q.device)
         masks.append((tiles, mask))
     return n_keys, tile, masks
 
 
 def attention_torch(q, k, v, view):
     """block_attention in PyTorch: each tile of queries attends to the key tiles that it sees."""
-    key = q.shape[2], q.dtype, q.device
+    key = q.shape[2], q.device
     n_keys, tile, masks = view.plan(key, lambda: make_masks(view, q))
     k_tiles = k[:, :, :n_keys].split(tile, 2)
     v_tiles = v[:, :, :n_keys].split(tile, 2)
@@ -204,15 +199,13 @@ def tile_lists(states):
 
 
 def make_tables(view, n_keys, tile, device):
-    """What the kernels know of a view: its bounds (R, QT * tile, 3), of which the last are repeated
-    to fill a tile; the lists of key tiles for each tile of queries; and the reverse. All int32."""
+    """What the kernels know of a view: its bounds (R, Q, 3), the lists of key tiles for each tile of
+    queries, and the reverse. All int32."""
     bounds = torch.stack([view.prefix, view.start, view.end], -1)
     n_queries = bounds.shape[-2]
-    bounds = bounds.view(-1, n_queries, 3).int()
-    padding = bounds[:, -1:].expand(-1, -n_queries % tile, -1)
-    bounds = torch.cat([bounds, padding], 1)
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)
     states = tile_states(seen, tile)
+    bounds = bounds.view(-1, n_queries, 3).int()
     tables = bounds, tile_lists(states), tile_lists(states.mT)
     return [table.to(device, non_blocking=True) for table in tables]
 
@@ -241,8 +234,9 @@ if triton is not None:
         tl.store(at, x.to(X.dtype.element_ty), mask=exists)
 
     @triton.jit
-    def visible(BOUNDS, query, key):
-        """The rule for one tile, (queries, keys)."""
+    def visible(BOUNDS, query, key, n_queries):
+        """The rule for one tile, (queries, keys). Behind the last query it is the last one's."""
+        query = tl.minimum(query, n_queries - 1)
         at = BOUNDS + query[:, None] * 3
         key = key[None, :]
         prefix = tl.load(at)
@@ -261,8 +255,8 @@ if triton is not None:
         view = row % n_views  # one for all rows, or one each
         list_length = 2 + tl.cdiv(n_others, TILE)
         LISTS += (view * tl.num_programs(0) + tile) * list_length
+        BOUNDS += view * n_queries * 3
         n_padded = tl.cdiv(n_queries, TILE) * TILE
-        BOUNDS += view * n_padded * 3
         head = (row * tl.num_programs(1) + head).to(tl.int64)
         return own, LISTS, BOUNDS, head, head * n_padded
 
@@ -293,7 +287,7 @@ if triton is not None:
                 v = load_rows(V, key, n_keys, D, BLOCK_D)
                 score = tl.dot(q, tl.trans(k)) * scale
                 if masked:
-                    seen = visible(BOUNDS, query, key)
+                    seen = visible(BOUNDS, query, key, n_queries)
                     score = tl.where(seen, score, float("-inf"))
                 new_top = tl.maximum(top, tl.max(score, 1))
                 p = tl.exp2(score - new_top[:, None])
@@ -337,7 +331,7 @@ if triton is not None:
                 delta = tl.load(DELTA + at_lse + query)
                 score = tl.dot(q, tl.trans(k)) * scale
                 if masked:
-                    seen = visible(BOUNDS, query, key)
+                    seen = visible(BOUNDS, query, key, n_queries)
                     score = tl.where(seen, score, float("-inf"))
                 p = tl.exp2(score - lse[:, None])
                 dv += tl.dot(tl.trans(p.to(do.dtype)), do)
@@ -385,7 +379,7 @@ class TritonAttention(torch.autograd.Function):
         key = n_keys, options["TILE"], q.device
         bounds, by_query, by_key = view.plan(key, lambda: make_tables(view, *key))
         o = torch.empty_like(q)
-        n_padded = bounds.shape[1]
+        n_padded = by_query.shape[1] * options["TILE"]
         lse = q.new_empty((N, H, n_padded), dtype=torch.float32)
         scale = math.log2(math.e) / math.sqrt(D)  # log2(e), for the kernels use exp2 and log2
         ctx.sizes = scale, n_queries, n_keys, len(bounds)
@@ -484,8 +478,7 @@ def benchmark(device, dtype):
         for name, attend in rivals.items():
 
             def step():
-                o = attend(*qkv)
-                torch.autograd.grad(o.sum(), qkv)
+                torch.autograd.grad(attend(*qkv).sum(), qkv)
 
             step()  # compiles
             timer = Timer("step()", globals=dict(step=step), num_threads=torch.get_num_threads())

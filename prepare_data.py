@@ -1,8 +1,7 @@
-"""Text, problems or a Markov chain -> data/NAME/{train.bin, val.bin, meta.json}, for train.py.
+"""Text or problems -> data/NAME/{train.bin, val.bin, meta.json}, for train.py.
 
     python prepare_data.py                  # pydocs: the documentation inside your Python
     python prepare_data.py alldocs          # eight times that: the packages that torch brings too
-    python prepare_data.py markov           # a chain whose entropy is known exactly
     python prepare_data.py math             # word problems; --difficulty=2, 3 or 4 operations
     python prepare_data.py shakespeare      # downloads 1.1 MB
     python prepare_data.py text --input=book.txt --tokenizer=bpe:1024   # or char, gpt2
@@ -10,13 +9,12 @@
     python prepare_data.py tinygsm          # needs the package datasets, disk and hours
     python prepare_data.py openwebtext      # so does this
 
-The first four need no network; --tokenizer=gpt2 does once, or its files in TIKTOKEN_CACHE_DIR. A
+The first three need no network; --tokenizer=gpt2 does once, or its files in TIKTOKEN_CACHE_DIR. A
 file of problems has a JSON object a line, with "question" and "answer".
 
-The .bin files are bare uint16 token ids (numpy.memmap opens them). meta.json says how to
-decode them and what a model has to beat: the unigram entropy, and for markov the entropy of the
-chain. Problems are rows of --seq_len tokens: the question, an end token, the answer, an end token,
-and more end tokens.
+The .bin files are bare uint16 token ids (numpy.memmap opens them). meta.json says how to decode
+them, and what a model has to beat: the unigram entropy. Problems are rows of --seq_len tokens: the
+question, an end token, the answer, an end token, and more end tokens.
 """
 import argparse
 import ast
@@ -33,7 +31,6 @@ import os
 import random
 import re
 import shutil
-import string
 import sys
 import sysconfig
 import urllib.request
@@ -123,38 +120,6 @@ def cut(text):
     """A single document: its last tenth is for validation."""
     end = len(text) * 9 // 10
     return [("train", text[:end]), ("val", text[end:])]
-
-
-# the states of a chain
-STATES = string.ascii_uppercase + string.ascii_lowercase + string.digits + string.punctuation
-
-
-def markov_chain(states, successors, length, seed):
-    """A random chain in which each state has few successors: (documents, meta).
-
-    Its entropy, the least loss a model can reach, is exact: entropy_rate nats for every token but
-    the first of a sequence, which costs first_nats."""
-    rng = np.random.default_rng(seed)
-    transitions = np.zeros((states, states))
-    for row in transitions:
-        row[rng.choice(states, successors, replace=False)] = rng.dirichlet(np.ones(successors))
-    lazy = (np.eye(states) + transitions) / 2  # so that a periodic chain converges too
-    stationary = np.linalg.matrix_power(lazy, 10_000).mean(0)
-    uniform = rng.random(length)
-    state = rng.choice(states, p=stationary / stationary.sum())
-    cumulative = transitions.cumsum(1)
-    cumulative /= cumulative[:, -1:]  # up to exactly 1
-    text = ""
-    for u in uniform:
-        text += STATES[state]
-        state = np.searchsorted(cumulative[state], u, side="right")
-    tenth = length // 10
-    return [("val", text[:tenth]), ("train", text[tenth:])], {
-        "tokenizer": {"kind": "char", "chars": STATES[:states], "vocab_size": states, "end": None},
-        "first_nats": entropy(stationary),
-        "entropy_rate": stationary @ [entropy(row) for row in transitions],
-        "transitions": transitions.tolist(),
-    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -453,12 +418,6 @@ def load_chars(chars):
 # Writing
 
 
-def entropy(counts):
-    """Entropy in nats of the distribution that an array of counts (or probabilities) gives."""
-    p = counts[counts > 0] / counts.sum()
-    return -(p * np.log(p)).sum()
-
-
 @contextlib.contextmanager
 def new_folder(folder):
     """A temporary folder that takes the name `folder` if, and only if, nothing goes wrong. Raises
@@ -506,7 +465,8 @@ def write_dataset(folder, documents, meta):
         if not meta["train_tokens"] or not n_bytes:
             raise ValueError("too short: a part is empty; problems may need a larger --seq_len")
         meta["bytes_per_token"] = n_bytes / counts.sum()
-        meta["unigram_nats"] = entropy(counts)
+        p = counts[counts > 0] / counts.sum()
+        meta["unigram_nats"] = -(p * np.log(p)).sum()  # their entropy
         with open(os.path.join(temporary, "meta.json"), "w") as file:
             json.dump(meta, file)
     return meta
@@ -561,28 +521,22 @@ def parse_flags(description, *classes, argv=None, defaults=None, positional=None
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
     )
 
     def error(message):
         raise ValueError(f"{message} (--help lists the flags)")
 
     parser.error = error
-    values = {}
     for settings in classes:
         for name, comment in comments(settings).items():
-            default = getattr(settings, name)
-            values[name] = (defaults or {}).get(name, default)
-            shown = values[name]
-            if isinstance(default, tuple):
-                shown = ",".join(map(str, shown))
+            default = (defaults or {}).get(name, getattr(settings, name))
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             text = f"{comment} (default: {shown})".replace("%", "%%")
-            flag = name if name == positional else f"--{name}"
-            options = dict(help=text, type=reader(default))
+            options = dict(help=text, type=reader(getattr(settings, name)), default=default)
             if isinstance(default, bool) or name == positional:
                 options |= dict(nargs="?", const=True)  # --NAME is --NAME=true
-            parser.add_argument(flag, **options)
-    return values | vars(parser.parse_args(argv))
+            parser.add_argument(name if name == positional else f"--{name}", **options)
+    return vars(parser.parse_args(argv))
 
 
 def reader(default):
@@ -642,20 +596,15 @@ class Settings:
     input: str = ""  # text, problems: the file to read
     test: str = ""  # problems: the file with those for validation
     tokenizer: str = "auto"  # bpe:SIZE, char or gpt2; auto: what suits the data
-    states: int = 64  # markov: how many, at least 2, at most 94
-    successors: int = 8  # markov: of each state, at least 1
-    tokens: int = 1_000_000  # markov: how many to draw, at least 10
     difficulty: int = 2  # math: operations in a problem, at least 2, at most 4
     problems: int = 20_000  # math: how many for training, at least 20
     seq_len: int = 128  # math, problems, tinygsm: tokens in a row, at least 4
-    seed: int = 0  # markov, math: of everything random, at least 0
+    seed: int = 0  # math: of everything random, at least 0
 
     def __post_init__(self):
         check_settings(self)
-        if self.name not in (*SOURCES, "markov"):
+        if self.name not in SOURCES:
             raise ValueError(f"there is no dataset {self.name} (--help lists them)")
-        if self.successors > self.states:
-            raise ValueError(f"successors must be at most states ({self.states})")
 
 
 def learn_tokenizer(documents, s):
@@ -674,10 +623,7 @@ def learn_tokenizer(documents, s):
 def prepare(name, data_dir="data", **settings):
     """Make data_dir/name; returns its meta. Raises ValueError, OSError or ImportError."""
     s = Settings(name, data_dir, **settings)
-    if name == "markov":
-        documents, meta = markov_chain(s.states, s.successors, s.tokens, s.seed)
-    else:
-        documents, meta = learn_tokenizer(SOURCES[name](s), s)
+    documents, meta = learn_tokenizer(SOURCES[name](s), s)
     return write_dataset(os.path.join(data_dir, name), documents, meta)
 
 

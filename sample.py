@@ -51,15 +51,12 @@ class Options:
     sampler: str = "ancestral"  # ar | ancestral | arpc | confidence | speculative
     block_size: int = 16  # tokens a block, at least 1; the length if that is less
     steps: int = 16  # reverse steps a block, at least 1
-    schedule: str = "model"  # of the steps: linear | cosine | model; model: as in its training
-    ar_tokens: int = 0  # the first so many, prompt included, are written by AR; at least 0
     criterion: str = "ar_nll"  # arpc: what is sent back (in the paper kld); --criterion=? lists all
     warmup: int = 0  # arpc: steps of a block before guidance sets in, at least 0
     guide_every: int = 1  # arpc: steps from one guided step to the next, at least 1
     threshold: float = 0.9  # confidence: tokens above this probability stay; at least 0, at most 1
     temperature: float = 1.0  # at least 0; 0 is greedy
     top_k: int = 0  # draw from the k likeliest tokens only, at least 0; 0: from all
-    top_p: float = 1.0  # draw from the likeliest that have this together; at least 1e-9, at most 1
     seed: int = 0  # of everything random, at least 0, at most 9e18
 
     def __post_init__(self):
@@ -81,13 +78,14 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
     count from first_row in the key of the random numbers. watch: called after every step.
     stats: nfe (network passes), tokens (written), seconds. Raises ValueError."""
     o = Options(**options)
-    check_request(model, length, o)
+    longest = model.config.seq_len
+    if not 1 <= length <= longest:
+        raise ValueError(f"the model writes 1 to {longest} tokens a sample, not {length}")
     began = time.time()
     given = torch.full((n, length), -1) if given is None else given
     run = Run(model, o, given.to(model.head.bias.device), stop, first_row, watch)
     while not run.decided.all():
-        n_tokens = 1 if run.begin < o.ar_tokens else run.block_size
-        run.end = min(run.begin + n_tokens, length)
+        run.end = min(run.begin + run.block_size, length)
         is_single = run.end - run.begin == 1  # such a token is the AR side's, in one step
         if run.free().any():  # else the next pass commits the block
             fill = fill_by_steps if is_single else FILL[o.sampler]
@@ -95,16 +93,6 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
         run.decided |= run.ends().any(1, keepdim=True)
         run.begin += run.count_decided()
     return run.tokens_and_stats(time.time() - began)
-
-
-def check_request(model, length, o):
-    """Raises ValueError with a line for the user."""
-    config = model.config
-    if not 1 <= length <= config.seq_len:
-        raise ValueError(f"the model writes 1 to {config.seq_len} tokens a sample, not {length}")
-    verifies = o.sampler == "arpc" and o.criterion in AR_CRITERIA or o.sampler == "speculative"
-    if not config.token_causal and (verifies or o.ar_tokens):
-        raise ValueError("this model's clean tokens are block-causal: its AR side has no cache")
 
 
 class Run:
@@ -115,7 +103,7 @@ class Run:
         self.model, self.options = model, options
         self.temperature = max(options.temperature, 1e-9)  # of 0, what is greedy
         self.block_size = 1 if options.sampler == "ar" else options.block_size
-        self.cache = model.new_cache(n, length)
+        self.cache = model.new_cache(n)
         self.given = given >= 0  # (N, L)
         self.decided = self.given.clone()  # (N, L) given or written
         self.tokens = given.clamp(min=0)  # (N, L), final where decided
@@ -153,28 +141,23 @@ class Run:
         return self.model.denoise(xt, self.cache, commit, self.block_size)
 
     def verify(self, x, step):
-        """AR logits of the block of proposed tokens x (N, n)."""
-        self.nfe += 1
-        noise = None
-        if self.model.config.ar == "paper":  # predictions are read from noise tokens
+        """AR logits of the block of proposed tokens x (N, n). Raises ValueError."""
+        config, noise = self.model.config, None
+        if not config.token_causal:
+            raise ValueError("this model's clean tokens are block-causal: its AR side has no cache")
+        if config.ar == "paper":  # predictions are read from noise tokens
             noise = self.prior(VERIFY, step)
+        self.nfe += 1
         return self.model.verify(x, self.cache, noise)
 
     def distribution(self, logits):
-        """What tokens are drawn from, (N, n, V): temperature, then top-k, then top-p."""
-        o = self.options
+        """What tokens are drawn from, (N, n, V): temperature, then top-k."""
         logits = logits.float() / self.temperature
-        if o.top_k:
-            top = logits.topk(min(o.top_k, logits.shape[-1])).values
+        k = self.options.top_k
+        if k:
+            top = logits.topk(min(k, logits.shape[-1])).values
             logits = logits.masked_fill(logits < top[..., -1:], float("-inf"))
-        probs = logits.softmax(-1)
-        if o.top_p < 1:
-            ordered, index = probs.sort(-1, descending=True)
-            before = ordered.cumsum(-1) - ordered  # the mass of the likelier tokens
-            ordered = ordered.masked_fill(before >= o.top_p, 0)
-            probs = probs.scatter(-1, index, ordered)
-            probs = probs / probs.sum(-1, keepdim=True)
-        return probs
+        return logits.softmax(-1)
 
     def keep(self, x, where):
         """Write the tokens x (N, n) where they are decided now."""
@@ -213,9 +196,9 @@ def fill_by_steps(run):
     that score worst back to noise."""
     o, noise, free = run.options, run.model.noise, run.free()
     steps = o.steps if free.shape[1] > 1 else 1
-    schedule = run.model.config.schedule if o.schedule == "model" else o.schedule
     t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
-    alpha = SCHEDULES[schedule](t)[0].tolist()
+    alpha, _ = SCHEDULES[run.model.config.schedule](t)
+    alpha = alpha.tolist()
     xt = run.noisy_block()
     for k in range(steps):
         guided = o.sampler == "arpc" and o.warmup <= k < steps - 1
@@ -371,15 +354,12 @@ def in_batches(model, given, stop, flags, options, watch=None):
         yield tokens.cpu(), stats
 
 
-def make_judge(meta, decode, train, problems):
-    """A function: what share of sample i (a list of tokens) is right. Of a problem the answer; of a
-    chain the transitions that it has; of a text the words that the training text has."""
+def make_judge(decode, train, problems):
+    """A function: what share of sample i (a list of tokens) is right. Of a problem the answer, of a
+    text the words that the training text has."""
     if problems is not None:
         answers = [decode(row).split(END)[1] for row in problems.tolist()]
         return lambda i, tokens: is_right(decode(tokens).split(END)[1], answers[i])
-    if "transitions" in meta:
-        possible = np.array(meta["transitions"]) > 0
-        return lambda i, tokens: possible[tokens[:-1], tokens[1:]].mean()
     known = set(re.findall(r"[A-Za-z]+", decode(train[:10_000_000].tolist())))
 
     def known_words(i, tokens):
@@ -515,7 +495,7 @@ def sample(path, flags, options):
             given = problems.where(is_question(problems, stop), -1)
         elif flags.problem >= 0:
             raise ValueError(f"{folder} has no problems")
-        judge = make_judge(meta, decode, train, problems)
+        judge = make_judge(decode, train, problems)
     if flags.table:
         title = f"{path}, {model.config.noise} noise"
         print(f"\n{title}, {len(given)} samples")

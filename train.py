@@ -20,6 +20,7 @@ import math
 import os
 import signal
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 from blockgen import (
@@ -28,7 +29,6 @@ from blockgen import (
     draw_noise,
     find_device,
     load_checkpoint,
-    load_weights,
     random_numbers,
     read_checkpoint,
     save_checkpoint,
@@ -70,11 +70,11 @@ class Settings:
     max_iters: int = 1800  # steps, at least 1
     batch_size: int = 8  # rows a step, over all parts, at least 1
     grad_accum: int = 1  # parts in which a step's rows are computed one by one, at least 1
-    optimizer: str = "muon"  # muon | adamw; muon is for the matrices
+    optimizer: str = "muon"  # of the matrices of the blocks: muon | adamw
     learning_rate: float = 6e-3  # peak learning rate, at least 0
     lr_decay: str = "cosine"  # after the warm-up: cosine | constant
     warmup_iters: int = 50  # steps of linear warm-up, at least 1
-    weight_decay: float = 0.01  # on matrices, at least 0
+    weight_decay: float = 0.01  # of the matrices of the blocks, at least 0
     beta2: float = 0.99  # of AdamW, at least 0, at most 0.99999
     grad_clip: float = 1.0  # largest norm of the gradient, at least 0; 0: any
     ema: float = 0.95  # decay of the average of the weights, at least 0, at most 0.99999
@@ -235,20 +235,13 @@ def update_average(average, model, decay, step):
 
 
 def make_optimizers(model, args):
-    """AdamW; or Muon (arXiv 2502.16982) for the matrices of the blocks, AdamW for the rest."""
+    """One for the matrices of the blocks, Muon (arXiv 2502.16982) or AdamW; AdamW for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    tables = [model.embedding.weight] + ([] if model.config.tied else [model.head.weight])
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    muon = args.optimizer == "muon"
-    groups = [
-        dict(params=tables if muon else tables + matrices, weight_decay=args.weight_decay),
-        dict(params=vectors, weight_decay=0.0),
-    ]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)]
-    if muon:  # so scaled that one learning rate suits both
-        scale = dict(weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(torch.optim.Muon(matrices, **scale))
-    return optimizers
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    adamw = partial(torch.optim.AdamW, betas=(0.9, args.beta2), fused=True)
+    muon = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")  # for AdamW's learning rate
+    choice = muon if args.optimizer == "muon" else adamw
+    return [choice(matrices, weight_decay=args.weight_decay), adamw(rest, weight_decay=0.0)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -274,14 +267,13 @@ def train(args, config):
 
 
 def note_loss(run, loss, norm):
-    """Log the loss of a step. Raises ValueError if it, or the gradient, is not finite or the loss
-    explodes: the last checkpoint was saved before that."""
-    run.recent = 0.95 * run.recent + 0.05 * loss if run.recent else loss
-    highest = 5 * math.log(run.meta["vocab_size"]) + 5
-    if not (run.recent < highest and math.isfinite(norm)):
-        why = f"the loss is {run.recent:.1f} nats, the norm of its gradient {norm:.1f}"
+    """Log the loss of a step. Raises ValueError if it, or the gradient, is not finite: the last
+    checkpoint was saved before that."""
+    if not math.isfinite(loss + norm):
+        why = f"the loss is {loss:.1f} nats, the norm of its gradient {norm:.1f}"
         advice = "the last good checkpoint is kept. Try a lower --learning_rate"
         raise ValueError(f"stopped at step {run.step}: {why}; {advice}")
+    run.recent = 0.95 * run.recent + 0.05 * loss if run.recent else loss
     run.log(step=run.step, loss=loss)
 
 
@@ -341,8 +333,7 @@ def start(args, config):
         signal.signal(name, lambda *_: run.stop.append(True))
     n_parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(f"{n_parameters:.2f}M parameters on {run.device}; {len(run.train):,} rows; ", end="")
-    print(f"unigram entropy {run.meta['unigram_nats']:.3f} nats", end="")
-    print(f", of the chain {run.meta['entropy_rate']:.3f}" if "entropy_rate" in run.meta else "")
+    print(f"unigram entropy {run.meta['unigram_nats']:.3f} nats")
     return run
 
 
@@ -356,7 +347,7 @@ def find_autocast(args, device):
 def load_data(args, length):
     """What open_rows returns, of a dataset that is made first if that needs no help."""
     folder = os.path.join(args.data_dir, args.dataset)
-    makes_itself = args.dataset in ("pydocs", "alldocs", "markov", "math")
+    makes_itself = args.dataset in ("pydocs", "alldocs", "math")
     if makes_itself and not os.path.exists(folder):
         print(f"preparing {folder} ...")
         prepare(args.dataset, args.data_dir, seq_len=length)
@@ -392,18 +383,21 @@ def make_model(args, config, meta, saved):
     if meta["vocab_size"] > source.config.vocab_size:
         raise ValueError(f"{args.init_from} has fewer tokens than the data")
     model = BlockGen(replace(config, vocab_size=source.config.vocab_size))
-    load_weights(model, source.state_dict(), args.init_from)
+    try:
+        model.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"{args.init_from} does not fit the model: {error}") from None
     return model
 
 
-def restore(run, content):
+def restore(run, saved):
     """Put a checkpoint into the state of a run."""
-    load_weights(run.model, content["model"], run.path)
-    load_weights(run.average, content["average"], run.path)
-    for optimizer, state in zip(run.optimizers, content["optimizers"]):
+    run.model.load_state_dict(saved["model"])
+    run.average.load_state_dict(saved["average"])
+    for optimizer, state in zip(run.optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
     for name in ("best", "best_loss", "step", "recent"):
-        setattr(run, name, content[name])
+        setattr(run, name, saved[name])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -471,9 +465,6 @@ def eval_only(args):
     jensen, log_sum_exp = mixture_bounds(total, shares(args))
     losses["mixture: Jensen"] = jensen / lengths
     losses["mixture: log-sum-exp"] = log_sum_exp / lengths
-    if "entropy_rate" in meta:
-        truth = (meta["first_nats"] + (L - 1) * meta["entropy_rate"]) / L
-        losses["true entropy"] = torch.full((n_seqs,), truth)
     print(f"{model.config.noise} noise, best of {content['step']} steps, {n_seqs} sequences")
     print(f"{'block size':>20}     nats   ± s.e. bits/byte perplexity")
     for name, x in losses.items():
