@@ -524,19 +524,12 @@ def look_back(block, cos, sin):
 # Random numbers that depend on a key alone, and not on what was drawn before
 
 
-def random_numbers(*key, device=None):
-    """Uniform float64 numbers in [0, 1), a function of the key: ints or arrays of ints, which
-    broadcast. random_numbers(seed, rows[:, None], positions) is (N, L), and row 3 is the same
-    whichever rows stand beside it. The hash is SplitMix64's (Steele et al. 2014)."""
-    x = np.zeros((), np.uint64)
-    with np.errstate(over="ignore"):  # 64-bit integers wrap around
-        for part in key:
-            x = x + np.asarray(part).astype(np.uint64) + 0x9E3779B97F4A7C15
-            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-            x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-            x = x ^ (x >> 31)
-    u = (x >> 11) * 2.0**-53
-    return torch.as_tensor(u, device=device)
+def random_numbers(key, rows, n):
+    """Uniform float64 numbers (R, n), a function of the row and of the key, a tuple of ints (zeros
+    at its end do not count): row 3 is the same whichever rows (R,) stand beside it."""
+    rows = torch.as_tensor(rows)
+    every_row = np.random.default_rng(key).random((int(rows.max()) + 1, n))
+    return torch.from_numpy(every_row)[rows]
 
 
 def draw(probs, u):
@@ -558,13 +551,13 @@ def draw_noise(key, rows, stratum, block_size, length, t_min):
     row's stratum (N,) in [0, 1): rows with 0/N, 1/N, ... tile the circle together. One offset turns
     the circle for the whole batch, and each row begins with an interval of its own. So every level
     by itself is uniform."""
-    position = torch.arange(length)
-    u = random_numbers(*key, 3, rows[:, None], position)
-    n_blocks = (length + block_size - 1) // block_size  # (N,)
-    first = (random_numbers(*key, 2, rows) * n_blocks).long()
-    interval = position // block_size[:, None] + first[:, None]  # (N, L)
-    level = (interval + stratum[:, None].double()) / n_blocks[:, None]
-    level = (level + random_numbers(*key, 1)) % 1
+    block_size, stratum = block_size[:, None], stratum[:, None]
+    n_blocks = (length + block_size - 1) // block_size  # (N, 1)
+    first = random_numbers((*key, 2), rows, 1) * n_blocks
+    interval = torch.arange(length) // block_size + first.long()  # (N, L)
+    level = (interval + stratum.double()) / n_blocks
+    level = (level + random_numbers((*key, 1), [0], 1)) % 1
+    u = random_numbers((*key, 3), rows, length)
     return t_min + (1 - t_min) * level, u
 
 

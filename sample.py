@@ -108,7 +108,7 @@ class Run:
         self.decided = self.given.clone()  # (N, L) given or written
         self.tokens = given.clamp(min=0)  # (N, L), final where decided
         self.stop = stop
-        self.rows = np.arange(first_row, first_row + n)[:, None]  # (N, 1)
+        self.rows = torch.arange(first_row, first_row + n)  # (N,)
         self.watch = watch or (lambda *_: None)
         self.begin = self.end = self.nfe = 0
 
@@ -118,9 +118,9 @@ class Run:
 
     def random(self, purpose, step=0):
         """A uniform number for each token of the block: float64 (N, n)."""
-        positions = np.arange(self.begin, self.end)
-        key = (self.options.seed, purpose, step, self.rows, positions)
-        return random_numbers(*key, device=self.tokens.device)
+        key = self.options.seed, purpose, step, self.begin
+        u = random_numbers(key, self.rows, self.end - self.begin)
+        return u.to(self.tokens.device)
 
     def prior(self, purpose, step=0):
         """A block of pure noise: tokens (N, n)."""

@@ -180,14 +180,15 @@ def draw_batch(run, args, rows):
     u (R, L), and which tokens are given (R, L). Block sizes and, within the rows of one size, noise
     levels are stratified over the whole batch."""
     key, L = (args.seed, run.step), run.model.config.seq_len
-    point = (rows + random_numbers(*key, 0)) / args.batch_size  # the batch tiles [0, 1)
+    offset = random_numbers((*key, 0), [0], 1)[0]
+    point = (rows + offset) / args.batch_size  # the batch tiles [0, 1)
     begin = run.weights.cumsum(0) - run.weights
     which = torch.searchsorted(begin, point, right=True) - 1
     stratum = (point - begin[which]) / run.weights[which]  # those of each size tile it, too
     block_size = run.sizes[which]
     t, u = draw_noise(key, rows, stratum, block_size, L, args.t_min)
-    chosen = (random_numbers(*key, 4, rows) * len(run.train)).long()
-    x0, given = read_rows(run.train, chosen, run.meta)
+    chosen = random_numbers((*key, 4), rows, 1)[:, 0] * len(run.train)
+    x0, given = read_rows(run.train, chosen.long(), run.meta)
     batch = x0, block_size, t.float(), u, given
     return [x.to(run.device, non_blocking=True) for x in batch]
 
