@@ -542,25 +542,6 @@ def draw(probs, u):
     return index.clamp(max=probs.shape[-1] - 1)
 
 
-def draw_noise(key, rows, stratum, block_size, length, t_min):
-    """The noise of some rows (N,) of a batch, a function of the key: noise levels t (N, L) in
-    [t_min, 1], constant in a block of block_size (N,), and uniform numbers u (N, L) that corrupt.
-
-    The levels are stratified over all blocks of a batch. A row with B blocks has one in each of B
-    equal intervals of the unit circle, all at the same fraction of their interval, which is the
-    row's stratum (N,) in [0, 1): rows with 0/N, 1/N, ... tile the circle together. One offset turns
-    the circle for the whole batch, and each row begins with an interval of its own. So every level
-    by itself is uniform."""
-    block_size, stratum = block_size[:, None], stratum[:, None]
-    n_blocks = (length + block_size - 1) // block_size  # (N, 1)
-    first = random_numbers((*key, 2), rows, 1) * n_blocks
-    interval = torch.arange(length) // block_size + first.long()  # (N, L)
-    level = (interval + stratum.double()) / n_blocks
-    level = (level + random_numbers((*key, 1), [0], 1)) % 1
-    u = random_numbers((*key, 3), rows, length)
-    return t_min + (1 - t_min) * level, u
-
-
 # ----------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -598,7 +579,6 @@ def read_checkpoint(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)  # cannot run code
         content["config"] = Config(**content["config"])
-        assert {"model", "meta", "args", "step"} <= content.keys()
     except Exception as error:
         reason = f"no checkpoint of BlockGen, or damaged ({type(error).__name__})"
         hint = "python train.py makes one, python blockgen.py converts published weights"

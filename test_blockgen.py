@@ -35,7 +35,6 @@ from blockgen import (
     BlockGen,
     Config,
     draw,
-    draw_noise,
     load_checkpoint,
     pick,
     random_numbers,
@@ -58,6 +57,7 @@ from prepare_data import (
     solve,
 )
 from sample import AR_CRITERIA, CRITERIA, FILL, generate
+from train import draw_noise
 
 torch.set_num_threads(1)  # faster for models of this size
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2831,6 +2831,10 @@ def signals():
 
 
 
+def load_rows(data_dir, name, length):
+    return train.load_data(SimpleNamespace(data_dir=data_dir, dataset=name), length)
+
+
 def train_flags(data_dir, out, *more):
     return " ".join([SMALL, f"--data_dir={data_dir} --out_dir={out}", *more])
 
@@ -2942,10 +2946,10 @@ def test_batches_are_stratified(start):
 def test_rows_of_a_dataset(data_dir):
     """Of problems, each is one; of a text there is one at every position."""
     problems, _, _ = prepare_data.open_data(data_dir / "math")
-    rows, _, _ = train.open_rows(data_dir / "math", 128)
+    rows, _, _ = load_rows(data_dir, "math", 128)
     assert np.array_equal(rows, problems.reshape(-1, 128))
     text, _, _ = prepare_data.open_data(data_dir / "text")
-    rows, _, _ = train.open_rows(data_dir / "text", 24)
+    rows, _, _ = load_rows(data_dir, "text", 24)
     assert len(rows) == len(text) - 23
     assert np.array_equal(rows[1000], text[1000:1024])
 
@@ -2992,7 +2996,7 @@ def test_a_batch_of_problems_is_its_rows(start):
 def test_validation(data_dir, name, L, V, ar):
     """It depends on neither batch size nor call. At block size 1 it is the exact likelihood, here
     token by token through the cache; of problems, that of the answer."""
-    _, data, meta = train.open_rows(data_dir / name, L)
+    _, data, meta = load_rows(data_dir, name, L)
     model = tiny(vocab_size=V, seq_len=L, ar=ar)
     for S in (1, 5, L):
         (a, _), (b, _) = (train.evaluate(model, data, meta, S, 11, 3, size) for size in (1, 64))
@@ -3065,6 +3069,10 @@ def test_training_starts_from_a_checkpoint(data_dir, tmp_path):
     flags = f"--max_iters=1 --learning_rate=0 --init_from={first}/ckpt.pt"
     after = run_training(data_dir, tmp_path, flags)
     assert same(after["model"], before["best"])
+    flags = ["--device=cpu", f"--init_from={first}/ckpt.pt", "--dropout=0.5"]
+    args, config = train.read_flags(flags)  # the flags of the model alone are the checkpoint's
+    assert (config.n_head, config.seq_len, config.dropout) == (2, 24, 0.5)
+    assert args.batch_size == train.Settings.batch_size
     os.remove(first / "ckpt.pt")
     assert call(train, f"--resume --device=cpu --max_iters=2 --out_dir={tmp_path}") == 0
 
@@ -3093,7 +3101,7 @@ def test_model_learns_a_markov_chain(data_dir, learned, tmp_path, noise):
     lines = (learned[noise] / "log.jsonl").read_text().splitlines()
     validation = json.loads(lines[-1])["val"]
     for S, share in (("1", 0.35), ("4", 0.6)):
-        nats, _ = validation[S]
+        nats = validation[S]
         assert truth - 0.05 < nats < truth + share * above
 
 
@@ -3234,15 +3242,13 @@ def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, capsys):
     content = torch.load(checkpoint)
     save_checkpoint(bad, **content | {"config": {"unknown": 1}})
     assert "ckpt.pt" in refused(capsys, sample, flags)
-    save_checkpoint(bad, model={}, config=content["config"])
-    assert "ckpt.pt" in refused(capsys, sample, flags)
     assert "ckpt.pt" in refused(capsys, train, f"--resume --device=cpu --out_dir={tmp_path}")
 
 
 def test_a_checkpoint_of_another_shape_is_refused(data_dir, checkpoint, tmp_path, capsys):
     flags = f"--device=cpu --n_embd=32 --data_dir={data_dir}"
     resume = f"--resume --out_dir={checkpoint.parent}"
-    assert "no flag changes" in refused(capsys, train, flags, resume)
+    assert "does not fit" in refused(capsys, train, flags, resume)
     assert "no flag changes" in refused(capsys, train, "--n_head=4 --device=cpu", resume)
     start = f"--dataset=text --out_dir={tmp_path} --init_from={checkpoint}"
     assert "does not fit" in refused(capsys, train, flags, start)
@@ -3250,7 +3256,7 @@ def test_a_checkpoint_of_another_shape_is_refused(data_dir, checkpoint, tmp_path
 
 def test_a_checkpoint_of_fewer_tokens_is_refused(data_dir, checkpoint, tmp_path, capsys):
     flags = f"--device=cpu --data_dir={data_dir} --dataset=math"
-    start = f"--out_dir={tmp_path} --init_from={checkpoint}"
+    start = f"--out_dir={tmp_path} --init_from={checkpoint} --seq_len=128"
     assert "fewer tokens" in refused(capsys, train, flags, start)
     evaluation = f"--eval_only --out_dir={checkpoint.parent} --dataset=math"
     assert "seq_len" in refused(capsys, train, flags, evaluation)
@@ -3444,7 +3450,7 @@ def test_threads_do_not_spin_for_ever(module, chosen):
 
 def test_draws_are_averaged_and_differ(data_dir, learned):
     model, _ = load_checkpoint(learned["masked"] / "ckpt.pt")
-    _, data, meta = train.open_rows(data_dir / "text", 32)
+    _, data, meta = load_rows(data_dir, "text", 32)
     sums = [torch.zeros(4)]
     for draws in (1, 2, 3):
         nats, _ = train.evaluate(model, data, meta, 4, 4, draws)
@@ -3472,7 +3478,7 @@ def test_noise_levels_of_blocks_and_of_rows(data_dir, learned, noise):
     of their gradients."""
     trials = int(os.environ.get("TRIALS", 60))
     model, _ = load_checkpoint(learned[noise] / "ckpt.pt")
-    data, _, meta = train.open_rows(data_dir / "text", 32)
+    data, _, meta = load_rows(data_dir, "text", 32)
     rows = torch.arange(8)
     x0, given = train.read_rows(data, rows * 3200, meta)
     found = {}
@@ -3498,9 +3504,9 @@ def test_noise_levels_of_blocks_and_of_rows(data_dir, learned, noise):
 def printed_likelihood(capsys):
     """{block size or name: [nats, error, bits, perplexity]}"""
     rows = {}
-    for line in capsys.readouterr().out.splitlines()[2:]:
-        *name, nats, error, bits, perplexity = line.split()
-        rows[" ".join(name)] = list(map(float, (nats, error, bits, perplexity)))
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        name, _, figures = line.strip().rpartition(": ")
+        rows[name] = list(map(float, re.findall(r"[\d.]+", figures)))
     return rows
 
 
@@ -3543,7 +3549,7 @@ def test_mixture_bounds_count_the_tokens_that_are_scored(
     """Where one of two block sizes is far better, -log p(x) is its NELBO and log 2, once for a
     sequence, which of a problem is the answer."""
     path = solver if name == "math" else checkpoint
-    _, data, meta = train.open_rows(data_dir / name, L)
+    _, data, meta = load_rows(data_dir, name, L)
     chosen = torch.linspace(0, len(data) - 1, 6).long()
     _, given = train.read_rows(data, chosen, meta)
     scored = (~given).sum(1)

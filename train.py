@@ -26,7 +26,6 @@ from types import SimpleNamespace
 from blockgen import (
     BlockGen,
     Config,
-    draw_noise,
     find_device,
     load_checkpoint,
     random_numbers,
@@ -58,7 +57,7 @@ class Settings:
     dataset: str = "pydocs"  # a folder in data_dir, made by prepare_data.py
     data_dir: str = "data"  # where the datasets are
     out_dir: str = "out"  # where ckpt.pt and log.jsonl go
-    init_from: str = ""  # start from the weights of this checkpoint
+    init_from: str = ""  # start from this checkpoint's weights, and with its flags of the model
     resume: bool = False  # go on from OUT_DIR/ckpt.pt, with its flags where none are given
     seed: int = 0  # of everything random, at least 0, at most 9e18
     # the objective
@@ -193,6 +192,25 @@ def draw_batch(run, args, rows):
     return [x.to(run.device, non_blocking=True) for x in batch]
 
 
+def draw_noise(key, rows, stratum, block_size, length, t_min):
+    """The noise of some rows (N,) of a batch, a function of the key: noise levels t (N, L) in
+    [t_min, 1], constant in a block of block_size (N,), and uniform numbers u (N, L) that corrupt.
+
+    The levels are stratified over all blocks of a batch. A row with B blocks has one in each of B
+    equal intervals of the unit circle, all at the same fraction of their interval, which is the
+    row's stratum (N,) in [0, 1): rows with 0/N, 1/N, ... tile the circle together. One offset turns
+    the circle for the whole batch, and each row begins with an interval of its own. So every level
+    by itself is uniform."""
+    block_size, stratum = block_size[:, None], stratum[:, None]
+    n_blocks = (length + block_size - 1) // block_size  # (N, 1)
+    first = random_numbers((*key, 2), rows, 1) * n_blocks
+    interval = torch.arange(length) // block_size + first.long()  # (N, L)
+    level = (interval + stratum.double()) / n_blocks
+    level = (level + random_numbers((*key, 1), [0], 1)) % 1
+    u = random_numbers((*key, 3), rows, length)
+    return t_min + (1 - t_min) * level, u
+
+
 def shares(args):
     """The share of each block size in the loss, or in the mixture that is a language model."""
     weights = args.block_weights or [1.0] * len(args.block_sizes)
@@ -284,15 +302,16 @@ def report(run, args):
     words, figures, loss = [], {}, 0.0
     for S, share in zip(args.block_sizes, shares(args)):
         losses, _ = evaluate(run.average, run.val, run.meta, S, n_seqs)
-        nats, error = mean_and_error(losses)
-        bits = nats / math.log(2) / run.meta["bytes_per_token"]
-        words.append(f"S={S}: {nats:.4f} ± {error:.4f} nats, {bits:.3f} bits/byte")
-        figures[S] = nats, error
-        loss += share * nats
+        words.append(f"S={S}: {describe(losses, run.meta)}")
+        figures[S] = losses.mean().item()
+        loss += share * figures[S]
     if loss < run.best_loss:
         run.best_loss, run.best = loss, copy.deepcopy(run.average.state_dict())
     run.log(step=run.step, val=figures)
     return f"step {run.step}: " + " | ".join(words)
+
+
+PROGRESS = "best", "best_loss", "step", "recent"
 
 
 def save(run, args):
@@ -304,8 +323,23 @@ def save(run, args):
         model=run.model.state_dict(),
         average=run.average.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
-        **{name: getattr(run, name) for name in ("best", "best_loss", "step", "recent")},
+        **{name: getattr(run, name) for name in PROGRESS},
     )
+
+
+def restore(run, saved):
+    """Go on from a checkpoint. Raises ValueError if it is not of this run."""
+    if "optimizers" not in saved:
+        raise ValueError(f"{run.path} is no run of train.py: start from it with --init_from")
+    if run.model.config != saved["config"]:
+        raise ValueError(f"--resume goes on with the model of {run.path}, which no flag changes")
+    check_tokenizer(saved["meta"], run.meta)
+    run.model.load_state_dict(saved["model"])
+    run.average.load_state_dict(saved["average"])
+    for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    for name in PROGRESS:
+        setattr(run, name, saved[name])
 
 
 def start(args, config):
@@ -315,15 +349,15 @@ def start(args, config):
     run.autocast = find_autocast(args, run.device)
     run.train, run.val, run.meta = load_data(args, config.seq_len)
     run.sizes, run.weights, run.ar_weight = sizes_of_rows(args.block_sizes, shares(args), config.ar)
-    torch.manual_seed(args.seed)
     run.path = os.path.join(args.out_dir, "ckpt.pt")
-    saved = read_checkpoint(run.path) if args.resume else None
-    run.model = make_model(args, config, run.meta, saved).to(run.device)
+    source = run.path if args.resume else args.init_from
+    torch.manual_seed(args.seed)
+    run.model = make_model(config, run.meta, source).to(run.device)
     run.average = copy.deepcopy(run.model).eval()
     run.optimizers = make_optimizers(run.model, args)
+    if args.resume:
+        restore(run, read_checkpoint(run.path))
     os.makedirs(args.out_dir, exist_ok=True)
-    if saved:
-        restore(run, saved)
     log = open(os.path.join(args.out_dir, "log.jsonl"), "a" if args.resume else "w", buffering=1)
     run.log = lambda **line: log.write(json.dumps(line) + "\n")
     if args.compile and (run.device.type == "cpu" or use_triton(run.device)):
@@ -346,59 +380,38 @@ def find_autocast(args, device):
 
 
 def load_data(args, length):
-    """What open_rows returns, of a dataset that is made first if that needs no help."""
+    """(rows for training, for validation, meta). Rows (n, L) are views: of a text there is one at
+    every position. A dataset that needs no help is made first. Raises ValueError."""
     folder = os.path.join(args.data_dir, args.dataset)
     makes_itself = args.dataset in ("pydocs", "alldocs", "math")
     if makes_itself and not os.path.exists(folder):
         print(f"preparing {folder} ...")
         prepare(args.dataset, args.data_dir, seq_len=length)
-    return open_rows(folder, length)
-
-
-def open_rows(folder, length):
-    """(rows for training, for validation, meta). Rows (n, L) are views: of a text there is one at
-    every position. Raises ValueError."""
     train, val, meta = open_data(folder)
-    if meta.get("row_length", length) != length:
-        raise ValueError(f"the problems of {folder} need --seq_len={meta['row_length']}")
+    stride = meta.get("row_length", 1)
+    if stride not in (1, length):
+        raise ValueError(f"the problems of {folder} need --seq_len={stride}")
     if min(len(train), len(val)) < length:
         raise ValueError(f"{folder} is too small for --seq_len={length}")
     windows = np.lib.stride_tricks.sliding_window_view
-    stride = meta.get("row_length", 1)
     return windows(train, length)[::stride], windows(val, length)[::stride], meta
 
 
-def make_model(args, config, meta, saved):
-    """A new model, that of the checkpoint saved, or one with the weights of --init_from."""
-    if saved:
-        path = os.path.join(args.out_dir, "ckpt.pt")
-        if "optimizers" not in saved:
-            raise ValueError(f"{path} is no run of train.py: start from it with --init_from")
-        check_tokenizer(saved["meta"], meta)
-        if replace(config, vocab_size=saved["config"].vocab_size) != saved["config"]:
-            raise ValueError(f"--resume goes on with the model of {path}, which no flag changes")
-        return BlockGen(saved["config"])
-    if not args.init_from:
+def make_model(config, meta, source):
+    """A new model, with the weights of the checkpoint `source` if there is one; it may have more
+    tokens than the data. Raises ValueError."""
+    if not source:
         return BlockGen(replace(config, vocab_size=meta["vocab_size"]))
-    source, _ = load_checkpoint(args.init_from)
-    if meta["vocab_size"] > source.config.vocab_size:
-        raise ValueError(f"{args.init_from} has fewer tokens than the data")
-    model = BlockGen(replace(config, vocab_size=source.config.vocab_size))
+    trained, _ = load_checkpoint(source)
+    size = trained.config.vocab_size
+    if meta["vocab_size"] > size:
+        raise ValueError(f"{source} has fewer tokens than the data")
+    model = BlockGen(replace(config, vocab_size=size))
     try:
-        model.load_state_dict(source.state_dict())
+        model.load_state_dict(trained.state_dict())
     except RuntimeError as error:
-        raise ValueError(f"{args.init_from} does not fit the model: {error}") from None
+        raise ValueError(f"{source} does not fit the model: {error}") from None
     return model
-
-
-def restore(run, saved):
-    """Put a checkpoint into the state of a run."""
-    run.model.load_state_dict(saved["model"])
-    run.average.load_state_dict(saved["average"])
-    for optimizer, state in zip(run.optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
-    for name in ("best", "best_loss", "step", "recent"):
-        setattr(run, name, saved[name])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -427,9 +440,11 @@ def evaluate(model, data, meta, block_size, n_seqs, draws=1, batch_size=16, seed
     return nats, lengths
 
 
-def mean_and_error(nats):
-    """Mean over sequences, and its standard error."""
-    return nats.mean().item(), nats.std().item() / len(nats) ** 0.5
+def describe(nats, meta):
+    """The mean over sequences (n_seqs,), with its standard error."""
+    mean, error = nats.mean(), nats.std() / len(nats) ** 0.5
+    bits = mean / math.log(2) / meta["bytes_per_token"]
+    return f"{mean:.4f} ± {error:.4f} nats, {bits:.3f} bits/byte"
 
 
 def mixture_bounds(total, weights):
@@ -455,23 +470,20 @@ def eval_only(args):
     path = os.path.join(args.out_dir, "ckpt.pt")
     model, content = load_checkpoint(path, find_device(args.device))
     L = model.config.seq_len
-    _, data, meta = open_rows(os.path.join(args.data_dir, args.dataset), L)
+    _, data, meta = load_data(args, L)
     check_tokenizer(content["meta"], meta)
-    args.block_sizes = [min(L, S) for S in args.block_sizes]
+    mixed = [min(L, S) for S in args.block_sizes]
     n_seqs = min(args.eval_seqs, len(data))
     losses = {}
-    for S in sorted({min(L, S) for S in args.eval_block_sizes} | set(args.block_sizes)):
+    for S in sorted({min(L, S) for S in args.eval_block_sizes} | set(mixed)):
         losses[S], lengths = evaluate(model, data, meta, S, n_seqs, args.eval_draws)
-    total = torch.stack([losses[S] for S in args.block_sizes]) * lengths
+    total = torch.stack([losses[S] for S in mixed]) * lengths
     jensen, log_sum_exp = mixture_bounds(total, shares(args))
     losses["mixture: Jensen"] = jensen / lengths
     losses["mixture: log-sum-exp"] = log_sum_exp / lengths
     print(f"{model.config.noise} noise, best of {content['step']} steps, {n_seqs} sequences")
-    print(f"{'block size':>20}     nats   ± s.e. bits/byte perplexity")
-    for name, x in losses.items():
-        nats, error = mean_and_error(x)
-        bits = nats / math.log(2) / meta["bytes_per_token"]
-        print(f"{name:>20} {nats:8.4f} {error:8.4f} {bits:9.4f} {math.exp(nats):10.2f}")
+    for S, nats in losses.items():
+        print(f"{S:>20}: {describe(nats, meta)}, perplexity {nats.mean().exp():.2f}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -479,13 +491,15 @@ def eval_only(args):
 
 
 def read_flags(argv=None):
-    """(Settings, Config). Flags beat the checkpoint's (--resume, --eval_only) or the preset's, and
-    those beat the defaults. Raises ValueError."""
+    """(Settings, Config). Flags beat the checkpoint's (--resume, --eval_only; with --init_from just
+    those of the model) or the preset's, and those beat the defaults. Raises ValueError."""
     values = parse_flags(__doc__, Settings, Config, argv=argv)
     preset = values["preset"]
     if preset == "auto":
         preset = "gpu" if find_device(values["device"]).type == "cuda" else "cpu"
     defaults = PRESETS.get(preset, {})
+    if values["init_from"]:
+        defaults = defaults | asdict(read_checkpoint(values["init_from"])["config"])
     if values["resume"] or values["eval_only"]:
         saved = read_checkpoint(os.path.join(values["out_dir"], "ckpt.pt"))
         kept = {name: values[name] for name in ("resume", "eval_only", "out_dir", "device")}
