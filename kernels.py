@@ -12,10 +12,10 @@ torch.set_float32_matmul_precision("high").
     python kernels.py           # benchmark against SDPA and flex_attention
 """
 
-import functools
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ def train_view(length, block_size, token_causal=True, device=None):
 # live on the CPU, and what follows from them (masks, tables) goes to the GPU once.
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def denoise_view(cached, committed, n, block_size=None):
     """Generation: queries [newly committed clean (c) | noisy (n)], keys [cache (C) | queries].
 
@@ -99,7 +99,7 @@ def denoise_view(cached, committed, n, block_size=None):
     return View(prefix, start, start + n * (query >= committed))
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def verify_view(cached, n):
     """AR verification: queries [proposed (n) | noise (n)], keys [cache (C) | queries].
 
@@ -199,8 +199,8 @@ def tile_lists(states):
 
 
 def make_tables(view, n_keys, tile, device):
-    """What the kernels know of a view: its bounds (R, Q, 3), the lists of key tiles for each tile of
-    queries, and the reverse. All int32."""
+    """What the kernels know of a view: its bounds (R, Q, 3), the lists of key tiles for each tile
+    of queries, and the reverse. All int32."""
     bounds = torch.stack([view.prefix, view.start, view.end], -1)
     n_queries = bounds.shape[-2]
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)
@@ -410,7 +410,7 @@ class TritonAttention(torch.autograd.Function):
 attention_triton = TritonAttention.apply
 
 
-@functools.cache
+@cache
 def use_triton(device):
     """Whether the kernels can run on this device: an NVIDIA GPU from Ampere on, and a Triton that
     can compile. If it cannot, for want of a C compiler or of Python.h, stderr says so, once."""
@@ -458,23 +458,22 @@ def flex(view, n_keys):
         return sees(prefix[query], start[query], end[query], key)
 
     mask = create_block_mask(rule, None, None, len(prefix), n_keys, device=prefix.device)
-    return functools.partial(torch.compile(flex_attention), block_mask=mask)
+    return partial(torch.compile(flex_attention), block_mask=mask)
 
 
 def benchmark(device, dtype):
     """Forward and backward of a training step's attention, against PyTorch's own."""
-    for N, H, L in ((8, 6, 1024), (8, 6, 256), (64, 6, 32)):
-        shape = 3, N, H, 2 * L, 64
+    for L in (1024, 256, 32):
+        shape = 3, 8192 // L, 6, 2 * L, 64
         qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
         view = train_view(L, 16, device=device)
         mask = view.dense(2 * L)
         rivals = {
-            "block_attention": functools.partial(block_attention, view=view),
-            "SDPA, dense mask": functools.partial(F.scaled_dot_product_attention, attn_mask=mask),
+            "block_attention": partial(block_attention, view=view),
+            "SDPA, dense mask": partial(F.scaled_dot_product_attention, attn_mask=mask),
         }
         if device == "cuda":
             rivals["flex_attention"] = flex(view, 2 * L)
-        print(f"N {N}, {H} heads of 64, L {L}, S 16")
         for name, attend in rivals.items():
 
             def step():
@@ -483,7 +482,7 @@ def benchmark(device, dtype):
             step()  # compiles
             timer = Timer("step()", globals=dict(step=step), num_threads=torch.get_num_threads())
             seconds = timer.blocked_autorange(min_run_time=2).median
-            print(f"  {name:18}{1e3 * seconds:9.2f} ms")
+            print(f"L {L:4}, S 16: {name:16} {1e3 * seconds:9.2f} ms")
 
 
 if __name__ == "__main__":

@@ -185,13 +185,13 @@ def draw_wording(rng, operations):
     return [rng.choice(STARTS), *steps, question]
 
 
-def fill_in(wording, rng, largest):
+def fill_in(wording, rng):
     """With random names, things and numbers: the question and its program."""
     names, people = rng.sample(NAMES, len(NAMES)), 2
     things, sentences, lines = rng.choice(THINGS), [], ["def simple_math_problem():"]
     for template in wording:
         x, y = rng.sample(names[:people], 2)
-        m, n, k = rng.randrange(20, largest), rng.randrange(2, 20), rng.randrange(2, 10)
+        m, n, k = rng.randrange(20, 100), rng.randrange(2, 20), rng.randrange(2, 10)
         filled = template.format(X=x, Y=y, Z=names[people], things=things, m=m, n=n, k=k)
         sentence, _, code = filled.partition(" | ")
         sentences.append(sentence)
@@ -200,14 +200,9 @@ def fill_in(wording, rng, largest):
     return " ".join(sentences), "\n    ".join([*lines, "return result"]) + "\n"
 
 
-def only_counts(program):
-    """Whether every quantity is a positive whole number after every line."""
-    numbers = [number for _, number in read_program(ast.parse(program).body)]
-    return all(x > 0 and x == int(x) for x in numbers)
-
-
 def math_problems(operations, count, seed):
-    """Word problems in TinyGSM's form, one for validation for every twenty for training.
+    """Word problems in TinyGSM's form, one for validation for every twenty for training. Every
+    quantity in them is a positive whole number.
 
     No sequence of sentences and no first two numbers of a validation problem are in training."""
     rng = random.Random(seed)
@@ -216,9 +211,11 @@ def math_problems(operations, count, seed):
         wording = draw_wording(rng, operations)
         if part_of(wording) != parts[-1]:
             continue
-        question, program = fill_in(wording, rng, largest=100 if operations == 2 else 1000)
+        question, program = fill_in(wording, rng)
         numbers = re.findall(r"\d+", question)[:2]
-        if part_of(numbers) == parts[-1] and only_counts(program):
+        quantities = [x for _, x in read_program(ast.parse(program).body)]
+        whole = all(x > 0 and x == int(x) for x in quantities)
+        if whole and part_of(numbers) == parts[-1]:
             yield parts.pop(), (question, program)
 
 
@@ -361,57 +358,54 @@ def make_tokenizer(kind, text):
     if kind == "gpt2":
         return {"kind": "gpt2", "vocab_size": 50257, "end": 50256}
     if kind == "char":
-        chars = sorted(set(text))
-        return {"kind": "char", "chars": chars, "vocab_size": len(chars), "end": None}
-    size = re.fullmatch(r"bpe:(\d+)", kind)
-    if not size or not 257 <= int(size[1]) <= 16384:
-        kinds = "char, gpt2 or bpe:SIZE with SIZE from 257 to 16384"
-        raise ValueError(f"tokenizer must be {kinds}, not {kind}")
-    tokens = [token.hex() for token in learn_bpe(text, int(size[1]) - 1)]
-    return {"kind": "bpe", "tokens": tokens, "vocab_size": len(tokens) + 1, "end": len(tokens)}
+        tokens = [char.encode() for char in sorted(set(text))]
+        end = None
+    else:
+        size = re.fullmatch(r"bpe:(\d+)", kind)
+        if not size or not 257 <= int(size[1]) <= 16384:
+            kinds = "char, gpt2 or bpe:SIZE with SIZE from 257 to 16384"
+            raise ValueError(f"tokenizer must be {kinds}, not {kind}")
+        tokens = learn_bpe(text, int(size[1]) - 1)
+        end = len(tokens)
+    vocab_size = len(tokens) + (end is not None)
+    tokens = [token.hex() for token in tokens]
+    return {"kind": kind, "tokens": tokens, "vocab_size": vocab_size, "end": end}
 
 
 def load_tokenizer(description):
     """(encode: str -> ids, decode: ids -> str). encode raises ValueError for what it cannot say;
     decode drops ids that are not in the vocabulary, such as a mask."""
-    kind = description["kind"]
-    if kind == "char":
-        return load_chars(description["chars"])
     import tiktoken
 
+    kind, end = description["kind"], description["end"]
     if kind == "gpt2":
         encoding = tiktoken.get_encoding("gpt2")
     else:
         ranks = {bytes.fromhex(token): i for i, token in enumerate(description["tokens"])}
-        special = {END: description["end"]}
         encoding = tiktoken.Encoding(
-            "blockgen", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special
+            "blockgen",
+            pat_str="(?s)." if kind == "char" else WORDS,
+            mergeable_ranks=ranks,
+            special_tokens={} if end is None else {END: end},
         )
+
+    def encode(text):
+        for char in set(text) if kind == "char" else ():
+            if char.encode() not in ranks:
+                raise ValueError(f"the vocabulary has no {char!r}")
+        return encoding.encode_ordinary(text)
 
     def decode(tokens):
         return encoding.decode([i for i in tokens if i < encoding.n_vocab])
 
-    return encoding.encode_ordinary, decode
+    return encode, decode
 
 
 def check_tokenizer(ours, theirs):
     """Raises ValueError if the metas of a model and of data have different tokenizers."""
-    for name in ("kind", "tokens", "chars"):
+    for name in ("kind", "tokens"):
         if ours["tokenizer"].get(name) != theirs["tokenizer"].get(name):
             raise ValueError("the data have another tokenizer than the model: were they remade?")
-
-
-def load_chars(chars):
-    """The same for a vocabulary of characters."""
-    ids = {c: i for i, c in enumerate(chars)}
-
-    def encode(text):
-        try:
-            return [ids[c] for c in text]
-        except KeyError as error:
-            raise ValueError(f"the vocabulary has no {error}") from None
-
-    return encode, lambda tokens: "".join(chars[i] for i in tokens if i < len(chars))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -424,14 +424,13 @@ class Flags:
     device: str = "auto"  # cpu, cuda, ...; auto: cuda where there is one
     watch: bool = False  # show every step
     table: bool = False  # no text, but quality against passes for every sampler
-    plot: str = ""  # with --table: a picture of it, PNG (needs matplotlib)
+    plot: str = ""  # a table, and this picture of it, PNG (needs matplotlib)
 
     def __post_init__(self):
         check_settings(self)
         if (self.prompt != "") + (self.template != "") + (self.problem >= 0) > 1:
             raise ValueError("--prompt, --template and --problem exclude each other")
-        if self.plot and not self.table:
-            raise ValueError("--plot goes with --table")
+        self.table = self.table or self.plot != ""
 
 
 def make_watcher(decode, color):
@@ -521,6 +520,9 @@ def main():
     values = parse_flags(__doc__, Flags, Options)
     flags = from_values(Flags, values)
     options = asdict(from_values(Options, values))
+    if flags.plot:
+        import matplotlib.pyplot  # if it is missing, the user hears it before the work
+
     tables = [sample(path, flags, options) for path in flags.ckpt]
     if flags.plot:
         plot(dict(tables), flags.plot)
