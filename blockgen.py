@@ -17,8 +17,10 @@ In this file: the settings, the transformer, the noise, the model with its loss,
 the cache; then initialization, random numbers, checkpoints, published weights.
 
 Notation: N rows, L = seq_len, S = block_size, V = vocab_size, d = n_embd, H heads of D; Q queries,
-T keys; x0 clean tokens, xt noisy ones, t in (0, 1] the noise
-level, alpha(t) the probability that a token is still clean. Losses are in nats per token.
+T keys; n tokens of the block at hand, c that are committed to the cache with it. x0 clean tokens,
+xt noisy ones, t in (0, 1] the noise level, alpha(t) the probability that a token is still clean.
+NELBO is the negative evidence lower bound: an upper bound on -log p(x0). Losses are in nats per
+token.
 
 BlockGen: Deschenaux & Gulcehre 2026, arXiv 2606.02241. Block diffusion: BD3-LM, arXiv 2503.09573.
 
@@ -31,8 +33,8 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 
-# How long OpenMP's threads spin while they wait. The default is for ever: on a machine whose cores
-# are busy with something else, that makes everything a hundred times slower. Before torch loads.
+# How long OpenMP's threads spin before they sleep. With its default everything is several times
+# slower on a machine whose cores are busy with something else. It is read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import numpy as np
@@ -42,7 +44,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import block_attention, denoise_view, train_view, verify_view
-from prepare_data import check_settings, run_script
+from prepare_data import check_settings, run_script  # of its section "The command line"
 
 
 @dataclass
@@ -55,13 +57,13 @@ class Config:
     n_layer: int = 4  # layers, at least 1
     n_head: int = 4  # attention heads, at least 1
     n_embd: int = 128  # width, at least 1
-    dropout: float = 0.0  # at least 0, at most 0.99
+    dropout: float = 0.0  # of what attention and MLP add, at least 0, at most 0.99
     noise: str = "masked"  # kind of noise: masked | uniform
     schedule: str = "linear"  # how alpha(t), the share of clean tokens, falls: linear | cosine
-    ar: str = "shift"  # shift | paper: at block size 1 token i - 1 predicts i, or noise at i does
+    ar: str = "shift"  # shift | paper: at block size 1 clean token i - 1 predicts i, or noise at i
     token_causal: bool = True  # clean tokens see up to themselves; False: to their block's end
-    tied: bool = True  # the head is the embedding
-    noisy_gain: float = 0.1  # where the learned gain on the embeddings of noisy tokens starts
+    tied: bool = True  # the output weights are the embedding
+    noisy_gain: float = 0.1  # initial value of the learned gain on noisy tokens' embeddings
 
     def __post_init__(self):
         check_settings(self)
@@ -130,6 +132,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
+        if config.tied:
+            del self.head.weight  # the embedding serves, see head_weight
         head_size = config.n_embd // config.n_head
         frequency = 10000 ** -(torch.arange(0, head_size, 2) / head_size)  # (D / 2,)
         angle = torch.arange(config.seq_len)[:, None] * frequency  # (L, D / 2)
@@ -137,7 +141,8 @@ class Transformer(nn.Module):
         self.register_buffer("rotary", rotary, persistent=False)
 
     def states(self, tokens, n_clean, positions, view, cache=None):
-        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) -> (N, Q, d)."""
+        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) -> (N, Q, d), what the
+        last layer says of each. view: who sees whom, see kernels.View."""
         index = torch.arange(tokens.shape[1], device=tokens.device)
         is_clean = index[:, None] < n_clean  # (Q, 1)
         gain = torch.where(is_clean, 1.0, self.noisy_gain)
@@ -170,7 +175,7 @@ def linear(t):
 
 
 def cosine(t):
-    """alpha(t) = 1 - cos(pi/2 (1 - t)), and its derivative."""
+    """alpha(t) = 1 - cos(pi/2 (1 - t)) = 1 - sin(pi/2 t), and its derivative."""
     angle = math.pi / 2 * t
     return 1 - torch.sin(angle), -math.pi / 2 * torch.cos(angle)
 
@@ -180,6 +185,16 @@ def pick(x, index):
     return x.gather(-1, index[..., None])[..., 0]
 
 
+def draw(probs, u):
+    """Tokens (...) from probs (..., V), normalized or not, by inverse CDF: u (...) in [0, 1). In
+    float64, since float32 would cut off the tail."""
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    target = u * cdf[..., -1]
+    target = target[..., None].contiguous()
+    index = torch.searchsorted(cdf, target, right=True)[..., 0]
+    return index.clamp(max=probs.shape[-1] - 1)
+
+
 def cross_entropy(logits, x0):
     """-log p(x0), nats (...), from logits (..., V). In float32: a bfloat16 softmax does not sum
     to 1."""
@@ -187,7 +202,9 @@ def cross_entropy(logits, x0):
 
 
 class Noise:
-    """What both kinds have in common. n_embeddings is V, or V + 1 if there is a mask."""
+    """What both kinds have in common; each says its prior, scored, nelbo and posterior. alpha and
+    its like are numbers, or tensors that broadcast. n_embeddings: V, or V + 1 if there is a mask.
+    """
 
     mask = None
 
@@ -195,15 +212,15 @@ class Noise:
         self.vocab_size = self.n_embeddings = vocab_size
 
     def corrupt(self, x0, alpha, u=None):
-        """xt given x0: a token survives with probability alpha (broadcasts), else it becomes noise.
-        u: one uniform number a token decides both."""
+        """xt given x0: a token survives with probability alpha, else it becomes noise. u: one
+        uniform number per token decides both."""
         u = torch.rand_like(x0, dtype=torch.float64) if u is None else u
         rest = (u - alpha) / (1 - alpha)  # uniform again, of the tokens that do not survive
         noise = self.prior(x0.shape, x0.device, rest.clamp(0, 1 - 2**-53))
         return torch.where(u < alpha, x0, noise)
 
     def step(self, probs, xt, alpha_s, alpha_t, u=None):
-        """A draw from the posterior, by one uniform number u a token."""
+        """A draw from the posterior, by one uniform number u per token."""
         u = torch.rand_like(xt, dtype=torch.float64) if u is None else u
         return draw(self.posterior(probs, xt, alpha_s, alpha_t), u)
 
@@ -220,7 +237,7 @@ class MaskedNoise(Noise):
         return torch.full(shape, self.mask, device=device)
 
     def scored(self, xt):
-        """Where the bound can be other than zero."""
+        """Where xt may be noise: elsewhere the bound is zero."""
         return xt == self.mask
 
     def nelbo(self, logits, x0, xt, alpha, dalpha):
@@ -248,7 +265,7 @@ class UniformNoise(Noise):
         return (u * self.vocab_size).long()
 
     def scored(self, xt):
-        """Where the bound can be other than zero: everywhere."""
+        """Where xt may be noise: everywhere."""
         return torch.ones_like(xt, dtype=torch.bool)
 
     def nelbo(self, logits, x0, xt, alpha, dalpha):
@@ -257,8 +274,8 @@ class UniformNoise(Noise):
         With i = xt, xbar = V alpha onehot(x0) + 1 - alpha and pbar = V alpha p + 1 - alpha, it is
         the divergence between the true and the modeled rates of jumping back, -alpha' / (V alpha)
         [sum_j xbar_j / xbar_i log(pbar_i xbar_j / (pbar_j xbar_i)) - V / xbar_i + V / pbar_i].
-        log1p keeps it accurate as alpha goes to 0, where the bracket vanishes faster than alpha.
-        """
+        Below, all but the last line is xbar_i times that. log1p keeps it accurate as alpha goes to
+        0, where the bracket vanishes faster than alpha."""
         V = self.vocab_size
         alpha = alpha.clamp(min=1e-6)
         p = logits.to(alpha.dtype).softmax(-1)  # (..., V)
@@ -268,26 +285,27 @@ class UniformNoise(Noise):
         log_pbar_i, log_pbar_x0 = log_pbar.gather(-1, both).unbind(-1)  # (...) from here on
         log_xbar_x0 = torch.log1p(alpha * (V - 1))
         log_xbar_other = torch.log1p(-alpha)
-        hit = x0 == xt
-        log_xbar_i = torch.where(hit, log_xbar_x0, log_xbar_other)
-        # sum_j xbar_j log(xbar_j / pbar_j), where xbar_j is 1 - alpha, and V alpha more at x0
+        is_clean = x0 == xt
+        log_xbar_i = torch.where(is_clean, log_xbar_x0, log_xbar_other)
         sum_log_ratio = log_xbar_x0 + (V - 1) * log_xbar_other - log_pbar.sum(-1)
+        # sum_j xbar_j log(xbar_j / pbar_j), where xbar_j is 1 - alpha, and V alpha more at x0
         jumps = V * alpha * (log_xbar_x0 - log_pbar_x0)
         jumps = jumps + (1 - alpha) * sum_log_ratio
         jumps = jumps + V * (log_pbar_i - log_xbar_i)  # the xbar_j sum to V
-        miss = alpha * (V * hit - 1) - log_pbar_i.expm1()  # xbar_i - pbar_i
-        rates = V * miss / log_pbar_i.exp()
+        difference = alpha * (V * is_clean - 1) - log_pbar_i.expm1()  # xbar_i - pbar_i
+        rates = V * difference / log_pbar_i.exp()
         return -dalpha / (V * alpha) * (jumps + rates) / log_xbar_i.exp()
 
     def posterior(self, probs, xt, alpha_s, alpha_t):
-        """p(xs | xt) (..., V) for alpha_s > alpha_t, if x0 ~ probs (..., V): xt stays, or a token
-        is drawn from probs, or at random (D3PM, arXiv 2107.03006, eq. 3)."""
+        """p(xs | xt) (..., V) for alpha_s > alpha_t: xt stays, or a token is drawn from probs, or
+        at random (D3PM, arXiv 2107.03006, eq. 3). probs (..., V) is what x0 may be by all tokens
+        but xt itself, which Bayes' rule brings in here."""
         V = self.vocab_size
         ratio = alpha_t / alpha_s
-        hit = V * alpha_t * pick(probs, xt).double()
-        stays = hit + ratio - alpha_t
+        at_xt = V * alpha_t * pick(probs, xt).double()
+        stays = at_xt + ratio - alpha_t
         changed = (alpha_s - alpha_t) * probs.double() + (1 - ratio) * (1 - alpha_s) / V
-        total = hit + 1 - alpha_t
+        total = at_xt + 1 - alpha_t
         return changed.scatter_add(-1, xt[..., None], stays[..., None]) / total[..., None]
 
 
@@ -342,7 +360,8 @@ class BlockGen(Transformer):
         return noisy, torch.cat([first, clean[:, :-1]], 1)
 
     def forward(self, x0, xt, block_size):
-        """Logits (N, L, V) of x0 from clean x0 and noisy xt (N, L), block_size an int or (N,)."""
+        """Logits (N, L, V) of x0 from clean x0 and noisy xt (N, L), block_size an int or (N,): what
+        the model says, in one pass without a cache. The loss has a way of its own."""
         block_size = torch.as_tensor(block_size, device=x0.device)
         block_size = block_size.expand(len(x0))
         diffusion, ar = self.both_sides(x0, xt, block_size)
@@ -352,12 +371,12 @@ class BlockGen(Transformer):
     def token_losses(self, x0, block_size, t, u, given=None, objective="nelbo", ar_weight=0.0):
         """Nats per token (N, L): corrupt x0 (N, L), predict it, compare.
 
-        block_size (N,); t (N, L) noise levels, which also set the precision of the result;
+        block_size (N,); t (N, L) noise levels, in float64 where the NELBO has to be accurate;
         u (N, L) uniform numbers. Tokens that are given (N, L) are neither noised nor scored. A
-        block of one token gets pure noise and plain cross-entropy, the exact AR likelihood (a bound
-        on it under ar="paper" with uniform noise, over which it is an average). Under ar="shift"
-        the other tokens have both sides, and ar_weight is the share of the AR side. objective:
-        "nelbo"; or "ce", without its weights, for masked noise."""
+        block of one token gets pure noise and plain cross-entropy: the exact AR likelihood. (Under
+        ar="paper" with uniform noise it depends on that noise, and its average is a bound.) Under
+        ar="shift" the other tokens have both sides, and ar_weight is the share of the AR side.
+        objective: "nelbo"; or for masked noise "ce", the same without -alpha' / (1 - alpha)."""
         single = is_single(block_size, x0.shape[1])
         given = torch.zeros_like(single) if given is None else given
         alpha, dalpha = SCHEDULES[self.config.schedule](t)
@@ -378,13 +397,13 @@ class BlockGen(Transformer):
 
     def in_chunks(self, loss, where, states, *inputs, chunk=2**23, kept=2**26):
         """loss(logits, *inputs) at the tokens `where` (N, L), zero elsewhere. The head runs only
-        there, and makes about `chunk` logits at a time, which fit into a CPU's cache. If they are
-        more than `kept` together, none are kept for backward, which computes them again."""
+        there, and makes about `chunk` logits at a time. If they are more than `kept` together, none
+        are kept for backward, which computes them again."""
+        weight = self.head_weight()  # once, for each slice of it has a gradient of full size
 
         def one_chunk(states, *inputs):
             return loss(self.logits(states, weight), *inputs)
 
-        weight = self.head_weight()  # once: the gradient of each slice is as large as the whole
         index = where.flatten().nonzero()[:, 0]  # (M,)
         V = self.config.vocab_size
         chunks = []
@@ -412,8 +431,8 @@ class BlockGen(Transformer):
         return Cache(self.head.bias.new_zeros(shape), state)
 
     def denoise(self, xt, cache, commit=None, block_size=None):
-        """Logits (N, n, V) of a noisy block xt (N, n) behind the cache. The same pass first commits
-        clean tokens (N, c) to the cache.
+        """Logits (N, n, V) of a noisy block xt (N, n) that follows the cache. The same pass first
+        commits clean tokens (N, c) to the cache.
 
         A single token is the AR side's: under ar="shift" the last committed token predicts it,
         whatever xt. block_size matters to a block-causal model alone: the blocks of the committed
@@ -438,8 +457,9 @@ class BlockGen(Transformer):
         """AR logits (N, n, V) of proposed tokens x (N, n) in one pass: at i, p(x_i | cache, x_<i).
 
         Under ar="paper" they are read from a noise token at the position of x_i; noise (N, n) says
-        which, by default a fresh draw. The keys and values of x stay in the cache behind its end:
-        to accept the first k tokens, add k to cache.length."""
+        which, by default a fresh draw. The keys and values of x stay in the cache, past its end: to
+        accept the first k < n tokens, add k to cache.length; the state of the last one comes with
+        the next commit."""
         start, n = cache.length, x.shape[1]
         positions = torch.arange(start, start + n, device=x.device)
         if self.config.ar == "shift":
@@ -456,8 +476,8 @@ class BlockGen(Transformer):
 
 
 class Cache:
-    """Keys and values (2, layers, N, H, slots, D) of the committed tokens. What a pass writes
-    behind `length` is scratch, until moving `length` commits it."""
+    """Keys and values (2, layers, N, H, slots, D) of the committed tokens. What a pass writes past
+    `length` is scratch, until moving `length` commits it."""
 
     def __init__(self, kv, state):
         self.kv = kv
@@ -465,7 +485,7 @@ class Cache:
         self.state = state  # (N, 1, d) of the last committed token; ar="shift" predicts from it
 
     def write(self, layer, k, v):
-        """Put k and v (N, H, Q, D) behind the committed ones; all slots (N, H, slots, D)."""
+        """Put k and v (N, H, Q, D) after the committed ones. Returns all slots (N, H, slots, D)."""
         keys, values = self.kv[:, layer]
         new = slice(self.length, self.length + k.shape[2])
         keys[:, :, new] = k
@@ -491,11 +511,8 @@ def initialize(model):
             nn.init.zeros_(p)
     for block in model.blocks:
         look_back(block, *model.rotary[:, 1])
-    if config.tied:
-        nn.init.normal_(model.embedding.weight, std=d**-0.5)
-        del model.head.weight
-    else:
-        nn.init.normal_(model.embedding.weight)
+    nn.init.normal_(model.embedding.weight, std=d**-0.5 if config.tied else 1)
+    if not config.tied:
         nn.init.zeros_(model.head.weight)
 
 
@@ -525,21 +542,11 @@ def look_back(block, cos, sin):
 
 
 def random_numbers(key, rows, n):
-    """Uniform float64 numbers (R, n), a function of the row and of the key, a tuple of ints (zeros
-    at its end do not count): row 3 is the same whichever rows (R,) stand beside it."""
+    """Uniform float64 numbers (R, n), a function of the row and of the key, a tuple of ints: row 3
+    is the same whichever rows (R,) stand beside it. The keys of one purpose have one length."""
     rows = torch.as_tensor(rows)
     every_row = np.random.default_rng(key).random((int(rows.max()) + 1, n))
     return torch.from_numpy(every_row)[rows]
-
-
-def draw(probs, u):
-    """Tokens (...) from probs (..., V), normalized or not, by inverse CDF: u (...) in [0, 1). In
-    float64, since float32 would cut off the tail."""
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    target = u * cdf[..., -1]
-    target = target[..., None].contiguous()
-    index = torch.searchsorted(cdf, target, right=True)[..., 0]
-    return index.clamp(max=probs.shape[-1] - 1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -587,8 +594,8 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """(model in evaluation mode, content of the checkpoint), with the weights that did best in
-    validation, before the first one the last. Raises what read_checkpoint raises."""
+    """(model in evaluation mode, content of the checkpoint). Its weights are the average that did
+    best in validation; before the first validation the current ones. Raises ValueError."""
     content = read_checkpoint(path)
     model = BlockGen(content["config"])
     model.load_state_dict(content.get("best") or content["model"])
@@ -596,7 +603,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------
-# Published weights: a DiT whose time is always 0
+# Published weights. Their model is a DiT: scales, shifts and gates computed from a time (adaLN)
 
 
 def convert(folder):
@@ -632,8 +639,9 @@ def convert(folder):
 
 
 def fold(w, config):
-    """Our weights from theirs. With the time their adaLN is constant, and folds exactly: scales and
-    shifts into the LayerNorms, gates into the projections behind attention and MLP."""
+    """Our weights from theirs. Their time is always 0, so what adaLN computes from it is constant
+    and folds exactly: scales and shifts into the LayerNorms, gates into the projections after
+    attention and MLP."""
     w = {name: x.double() for name, x in w.items()}
 
     def layer(x, name):

@@ -1,10 +1,11 @@
 """Block-causal attention, from one rule: query i sees keys [0, prefix_i) and keys [start_i, end_i).
 
 `View` states the rule, its makers cover training, generation and verification. `block_attention`
-computes it: on a CPU in PyTorch, each tile of queries against just the key tiles that it sees; on
-an NVIDIA GPU (Ampere or newer) by Triton kernels after FlashAttention-2 (Dao 2023, arXiv
-2307.08691), which skip the tiles that nobody sees and mask only the tiles that need it. The rule
-is data, not code: one compiled kernel serves every block size and every mode.
+computes it for q (N, H, Q, D), k and v (N, H, T, D): on a CPU in PyTorch, each tile of queries
+against just the key tiles that it sees; on an NVIDIA GPU (Ampere or newer) by Triton kernels after
+FlashAttention-2 (Dao 2023, arXiv 2307.08691), which skip the tiles that nobody sees and mask only
+the tiles that need it. The rule is data, not code: one compiled kernel serves every block size and
+every mode.
 
 On a GPU, products of float32 numbers use TF32, as do those of the other layers under
 torch.set_float32_matmul_precision("high").
@@ -68,7 +69,7 @@ def train_view(length, block_size, token_causal=True, device=None):
 
     A clean token sees the clean tokens up to itself (token_causal) or to the end of its block.
     A noisy token sees the clean tokens before its block, and its own noisy block.
-    block_size: an int, or (N,) for one a row."""
+    block_size: an int, or (N,) if each row has its own."""
     query = torch.arange(2 * length, device=device)
     noisy = query >= length
     token = query % length
@@ -87,7 +88,8 @@ def train_view(length, block_size, token_causal=True, device=None):
 
 @lru_cache(maxsize=4)
 def denoise_view(cached, committed, n, block_size=None):
-    """Generation: queries [newly committed clean (c) | noisy (n)], keys [cache (C) | queries].
+    """Generation: queries [newly committed clean (c) | noisy (n)], keys [cache (C) | queries]; c is
+    `committed`, and C is `cached`.
 
     Clean tokens are token-causal, or, with a block_size, block-causal. With n = 0 that is the mask
     of an autoregressive model."""
@@ -103,8 +105,8 @@ def denoise_view(cached, committed, n, block_size=None):
 def verify_view(cached, n):
     """AR verification: queries [proposed (n) | noise (n)], keys [cache (C) | queries].
 
-    The i-th noise query stands at the position of the i-th proposed token: it sees the cache, the
-    proposed tokens before i, and itself."""
+    Proposed tokens are causal. The i-th noise query stands at the position of the i-th of them: it
+    sees the cache, the proposed tokens before i, and itself."""
     query = torch.arange(2 * n)
     noise = query >= n
     prefix = cached + query % n + ~noise
@@ -144,7 +146,7 @@ def tile_states(seen, tile):
 
 
 def join(pieces):
-    """Pieces (..., T, D) behind one another; a single one is not copied."""
+    """Pieces (..., T, D) one after the other; a single one is not copied."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
 
@@ -224,7 +226,7 @@ if triton is not None:
 
     @triton.jit
     def load_rows(X, rows, n_rows, D, BLOCK_D):
-        """(TILE, BLOCK_D): zeros behind the last row and the last column."""
+        """(TILE, BLOCK_D): zeros past the last row and the last column."""
         at, exists = place(X, rows, n_rows, D, BLOCK_D)
         return tl.load(at, mask=exists, other=0.0)
 
@@ -235,7 +237,8 @@ if triton is not None:
 
     @triton.jit
     def visible(BOUNDS, query, key, n_queries):
-        """The rule for one tile, (queries, keys). Behind the last query it is the last one's."""
+        """The rule for one tile, (queries, keys). What fills up the last tile sees what the last
+        query sees."""
         query = tl.minimum(query, n_queries - 1)
         at = BOUNDS + query[:, None] * 3
         key = key[None, :]
@@ -437,8 +440,9 @@ def block_attention(q, k, v, view):
     """Softmax attention under a view: query i sees keys [0, prefix_i) and [start_i, end_i).
 
     q (N, H, Q, D), k and v (N, H, T, D), view over Q queries -> (N, H, Q, D). Differentiable.
-    Scores are scaled by 1 / sqrt(D). Every query must see something, and what nobody sees must be
-    finite, too. The view may live on the CPU, whatever the device of q."""
+    Scores are scaled by 1 / sqrt(D). Every query must see something. Keys and values that nobody
+    sees must be finite all the same, for 0 times nan is nan. The view may live on the CPU, whatever
+    the device of q."""
     if use_triton(q.device) and q.shape[-1] <= 128:
         return attention_triton(q, k, v, view)
     return attention_torch(q, k, v, view)

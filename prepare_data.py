@@ -7,10 +7,10 @@
     python prepare_data.py text --input=book.txt --tokenizer=bpe:1024   # or char, gpt2
     python prepare_data.py problems --input=train.jsonl --test=test.jsonl   # GSM8K's form, or yours
     python prepare_data.py tinygsm          # needs the package datasets, disk and hours
-    python prepare_data.py openwebtext      # so does this
+    python prepare_data.py openwebtext      # likewise
 
 The first three need no network; --tokenizer=gpt2 does once, or its files in TIKTOKEN_CACHE_DIR. A
-file of problems has a JSON object a line, with "question" and "answer".
+file of problems has one JSON object per line, with "question" and "answer".
 
 The .bin files are bare uint16 token ids (numpy.memmap opens them). meta.json says how to decode
 them, and what a model has to beat: the unigram entropy. Problems are rows of --seq_len tokens: the
@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-END = "<|endoftext|>"  # stands behind every document, but where tokens are characters
+END = "<|endoftext|>"  # follows every document, unless tokens are characters
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -86,7 +86,7 @@ def pydocs(packages=()):
 
 
 def shakespeare():
-    """Where there is no network, get the file another way, then `text --input=FILE`."""
+    """Tiny Shakespeare. Where there is no network, get the file otherwise: `text --input=FILE`."""
     return urllib.request.urlopen(SHAKESPEARE, timeout=60).read().decode()
 
 
@@ -98,7 +98,7 @@ def read_text(path):
 
 
 def part_of(thing):
-    """By a hash, so that neighbors in a folder fall on both sides."""
+    """val for a tenth of all things, else train: by a hash, so neighbors fall on both sides."""
     return "val" if hashlib.sha256(str(thing).encode()).digest()[0] < 26 else "train"
 
 
@@ -221,7 +221,7 @@ def math_problems(operations, count, seed):
 
 # ---------------------------------------------------------------------------------------------
 # Answers. Their programs are not to be trusted, and none is executed: we read them, and know only
-# arithmetic. They have no attributes, strings, lists, branches or loops to abuse.
+# arithmetic. There are no objects, lists, branches or loops to abuse.
 
 LONGEST, LARGEST = 2_000, 1e30  # characters of a program; a number in it
 FUNCTIONS = {
@@ -246,7 +246,7 @@ FUNCTIONS = {
 
 def read_expression(node, variables):
     """The number that an expression stands for: always a float, so none grows long and no power
-    takes time. Raises some Exception for whatever programs do not have."""
+    takes time. Raises some Exception for anything but arithmetic."""
     match node:
         case ast.Constant(number) if type(number) in (int, float):
             return float(number)
@@ -267,7 +267,7 @@ def read_expression(node, variables):
 def read_program(statements):
     """Obey statements one by one; yields (variable, its new number), and ("return", number).
 
-    Raises some Exception for whatever programs do not have."""
+    Raises some Exception for anything but assignments of arithmetic."""
     variables = {}
     for statement in statements:
         match statement:
@@ -293,7 +293,7 @@ def read_program(statements):
 def solve(text):
     """The value of an answer, a float; None if it has none.
 
-    An answer is a number behind "####", as in GSM8K, or a program. Whatever a text says, reading
+    An answer is a number after "####", as in GSM8K, or a program. Whatever a text says, reading
     it takes milliseconds and touches nothing."""
     number = re.search(r"####\s*\$?(-?\d[\d,]{0,30}(\.\d+)?)", text)
     if number:
@@ -431,7 +431,7 @@ def new_folder(folder):
 def write_dataset(folder, documents, meta):
     """Write the documents as they come, then meta.json; returns the completed meta.
 
-    Behind each text stands an end token, if the vocabulary has one. Problems become rows of
+    After each text stands an end token, if the vocabulary has one. Problems become rows of
     meta["row_length"] tokens: question, end, answer, end, and more ends. So the first end token is
     the end of the question. Longer rows are dropped and counted.
 
@@ -482,7 +482,7 @@ def open_data(folder):
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line of all scripts: a flag is a field of a dataclass, its help the comment behind it
+# The command line of all scripts: a flag is a field of a dataclass, its help the comment after it
 
 
 def run_script(main):
@@ -503,7 +503,7 @@ def run_script(main):
 
 @functools.cache
 def comments(settings):
-    """{field: the comment behind it} of a dataclass, for the fields that have one."""
+    """{field: the comment after it} of a dataclass, for the fields that have one."""
     source = inspect.getsource(settings)
     return dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.MULTILINE))
 
@@ -552,7 +552,7 @@ def from_values(settings, values):
 
 
 def check_settings(settings):
-    """Raise ValueError where a field breaks what the comment behind it says: at least, at most, or
+    """Raise ValueError where a field breaks what the comment after it says: at least, at most, or
     a | b for a choice. Of a tuple or list that is said of each element."""
     for name, comment in comments(type(settings)).items():
         value = getattr(settings, name)

@@ -10,7 +10,7 @@
     python sample.py --ckpt=out-math/ckpt.pt --problem=17 --watch    # a math problem and its answer
 
 One loop over blocks, `generate`, serves all samplers: each is a function that fills one block. What
-is drawn depends on seed, row, position and step alone, so a row is the same in any batch. The
+is drawn depends on seed, row, block and step alone, so a row is the same in any batch. The
 exception is speculative decoding, where rows wait for the slowest one: its law is the same.
 """
 import os
@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
+# blockgen comes first: it sets an option that torch reads when it is loaded
 from blockgen import SCHEDULES, draw, find_device, load_checkpoint, pick, random_numbers
 from prepare_data import (
     END,
@@ -49,9 +50,9 @@ class Options:
     """How to sample: the keyword arguments of generate(), and flags."""
 
     sampler: str = "ancestral"  # ar | ancestral | arpc | confidence | speculative
-    block_size: int = 16  # tokens a block, at least 1; the length if that is less
-    steps: int = 16  # reverse steps a block, at least 1
-    criterion: str = "ar_nll"  # arpc: what is sent back (in the paper kld); --criterion=? lists all
+    block_size: int = 16  # tokens per block, at least 1; the length if that is less
+    steps: int = 16  # reverse steps per block, at least 1
+    criterion: str = "ar_nll"  # arpc: the score of a token, see arpc_score; in the paper kld
     warmup: int = 0  # arpc: steps of a block before guidance sets in, at least 0
     guide_every: int = 1  # arpc: steps from one guided step to the next, at least 1
     threshold: float = 0.9  # confidence: tokens above this probability stay; at least 0, at most 1
@@ -75,7 +76,8 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
 
     given (n, length): tokens that stand already, -1 where free; anywhere, and different in each
     row. They are never noised. stop: a token that ends a row; the row is filled up with it. Rows
-    count from first_row in the key of the random numbers. watch: called after every step.
+    count from first_row in the key of the random numbers. watch(run, xt, x, sent_back) is called
+    after every step, with the block (N, n) before and after it, and what goes back to noise.
     stats: nfe (network passes), tokens (written), seconds. Raises ValueError."""
     o = Options(**options)
     longest = model.config.seq_len
@@ -101,12 +103,12 @@ class Run:
     def __init__(self, model, options, given, stop, first_row, watch):
         n, length = given.shape
         self.model, self.options = model, options
-        self.temperature = max(options.temperature, 1e-9)  # of 0, what is greedy
+        self.temperature = max(options.temperature, 1e-9)  # 0 is greedy
         self.block_size = 1 if options.sampler == "ar" else options.block_size
         self.cache = model.new_cache(n)
         self.given = given >= 0  # (N, L)
         self.decided = self.given.clone()  # (N, L) given or written
-        self.tokens = given.clamp(min=0)  # (N, L), final where decided
+        self.tokens = given.clamp(min=0)  # (N, L), final where decided, up to a row's end
         self.stop = stop
         self.rows = torch.arange(first_row, first_row + n)  # (N,)
         self.watch = watch or (lambda *_: None)
@@ -129,10 +131,10 @@ class Run:
         u = self.random(purpose, step) if noise.mask is None else None
         return noise.prior(shape, self.tokens.device, u)
 
-    def noisy_block(self, step=0):
+    def noisy_block(self):
         """The tokens that are decided, noise between them: (N, n)."""
         tokens = self.tokens[:, self.begin : self.end]
-        return torch.where(self.free(), self.prior(PRIOR, step), tokens)
+        return torch.where(self.free(), self.prior(PRIOR), tokens)
 
     def denoise(self, xt):
         """Logits of the block xt (N, n). The same pass commits what stands before the block."""
@@ -140,7 +142,7 @@ class Run:
         commit = self.tokens[:, self.cache.length : self.begin]
         return self.model.denoise(xt, self.cache, commit, self.block_size)
 
-    def verify(self, x, step):
+    def verify(self, x, step=0):
         """AR logits of the block of proposed tokens x (N, n). Raises ValueError."""
         config, noise = self.model.config, None
         if not config.token_causal:
@@ -172,17 +174,17 @@ class Run:
         return int(everywhere.long().cumprod(0).sum())
 
     def ends(self):
-        """(N, L) True at written end tokens behind which nothing is given: those end a row. A
+        """(N, L) True at written end tokens after which nothing is given: those end a row. A
         prompt's own do not."""
-        given_later = self.given.flip(1).cumsum(1).flip(1) > 0
-        return (self.tokens == self.stop) & self.decided & ~given_later
+        given_from_here = self.given.flip(1).cumsum(1).flip(1) > 0
+        return (self.tokens == self.stop) & self.decided & ~given_from_here
 
     def tokens_and_stats(self, seconds):
         """What generate returns."""
         ends = self.ends().long()
-        behind = ends.cumsum(1) > ends  # behind the first end token
-        tokens = self.tokens.masked_fill(behind, max(self.stop, 0))
-        written = int((~self.given & ~behind).sum())
+        ended = ends.cumsum(1) > ends  # after the first end token
+        tokens = self.tokens.masked_fill(ended, max(self.stop, 0))
+        written = int((~self.given & ~ended).sum())
         return tokens, dict(nfe=self.nfe, tokens=written, seconds=seconds)
 
 
@@ -191,9 +193,10 @@ class Run:
 
 
 def fill_by_steps(run):
-    """Ancestral sampling: reverse steps from pure noise. Under ARPC (arXiv 2606.02241) a
-    guided step goes all the way, to a proposal for the whole block, of which it sends the tokens
-    that score worst back to noise."""
+    """Ancestral sampling: reverse steps from pure noise; a block of one token takes a single step.
+    Under ARPC (arXiv 2606.02241) all steps but the last are guided, or those that the options say:
+    such a step goes all the way, to a proposal for the whole block, and sends the tokens that score
+    worst back to noise, as many as are noise at the next level."""
     o, noise, free = run.options, run.model.noise, run.free()
     steps = o.steps if free.shape[1] > 1 else 1
     t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -229,13 +232,17 @@ def highest(score, free, count):
 
 
 def arpc_score(run, x, xt, logits, step):
-    """How bad ARPC's criterion finds each token of a proposal x (N, n) made from xt.
+    """How bad each token of a proposal x (N, n), made from xt, is by ARPC's criterion.
+
+    The AR side has ar_nll, -log p_AR(token); ar_gap, how far that is from the likeliest token's;
+    ar_entropy. The diffusion side has entropy; how sure it was (confidence); how far ahead of its
+    second choice (margin). kld, KL(AR || diffusion), reverse_kld and tvd compare the two sides.
 
     With masked noise the diffusion distribution of a token that was revealed before this step is a
     point mass. There kld is infinite, and reverse_kld, -log p_AR(token), takes its place."""
     criterion = run.options.criterion
     if criterion == "random":
-        return run.random(ACCEPT, step + 1)
+        return run.random(ACCEPT, step)
     if criterion in AR_CRITERIA:
         ar_logits = run.verify(x, step).float() / run.temperature
         ar = ar_logits.log_softmax(-1)  # (N, n, V)
@@ -298,22 +305,21 @@ def fill_by_confidence(run):
 def fill_by_draft(run):
     """Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192): diffusion drafts in one pass,
     the AR side verifies in one, and what comes out is exactly an AR sample. Keep x ~ q with
-    probability min(1, p(x) / q(x)); at the first rejection draw from (p - q)+. Behind it nothing is
+    probability min(1, p(x) / q(x)); at the first rejection draw from (p - q)+. After it nothing is
     decided: the next block begins at the first token that some row lacks."""
-    step = run.begin
     free = run.free()
-    xt = run.noisy_block(step)
+    xt = run.noisy_block()
     q = run.distribution(run.denoise(xt))  # (N, n, V)
-    draft = draw(q, run.random(REVEAL, step))
+    draft = draw(q, run.random(REVEAL))
     x = torch.where(free, draft, xt)
-    p = run.distribution(run.verify(x, step))
+    p = run.distribution(run.verify(x))
     ratio = pick(p, x) / pick(q, x)
-    likely = run.random(ACCEPT, step) < ratio
+    likely = run.random(ACCEPT) < ratio
     accepted = (~free | likely).long().cumprod(1)  # (N, n) 1 up to the first rejection
     n_accepted = accepted.sum(1, keepdim=True)  # (N, 1)
     rejected = torch.arange(free.shape[1], device=x.device) == n_accepted  # (N, n) the first one
     excess = (p - q).clamp(min=0) * rejected[..., None]  # (N, n, V)
-    u = run.random(RESIDUAL, step)[:, 0]
+    u = run.random(RESIDUAL)[:, 0]
     replacement = draw(excess.sum(1), u)  # (N,)
     x = torch.where(rejected, replacement[:, None], x)
     kept = accepted.bool() | rejected
@@ -324,7 +330,7 @@ def fill_by_draft(run):
     run.cache.length += min(int(n_accepted.min()), free.shape[1] - 1)
 
 
-FILL = {
+FILL = {  # the blocks of "ar" are single tokens, which all samplers fill by one step
     "ancestral": fill_by_steps,
     "arpc": fill_by_steps,
     "confidence": fill_by_confidence,
@@ -355,8 +361,8 @@ def in_batches(model, given, stop, flags, options, watch=None):
 
 
 def make_judge(decode, train, problems):
-    """A function: what share of sample i (a list of tokens) is right. Of a problem the answer, of a
-    text the words that the training text has."""
+    """A function of i and sample i (a list of tokens): what share of it is right. A problem counts
+    1 or 0, by its answer; of a text it is the share of words that the training text has."""
     if problems is not None:
         answers = [decode(row).split(END)[1] for row in problems.tolist()]
         return lambda i, tokens: is_right(decode(tokens).split(END)[1], answers[i])
@@ -370,10 +376,10 @@ def make_judge(decode, train, problems):
 
 
 def print_table(model, given, stop, judge, flags, options):
-    """For every sampler of GRID: network passes a batch, quality with its standard error, entropy
-    of the tokens (low after a collapse). Returns the lines of a plot."""
+    """For every sampler of GRID: network passes per batch, quality with its standard error, entropy
+    of the tokens (low after a collapse). Returns the curves of a plot."""
     print("sampler                       passes   quality ± s.e.  nats")
-    lines = {}
+    curves = {}
     for special in GRID:
         batches = list(in_batches(model, given, stop, flags, {**options, **special}))
         tokens = torch.cat([tokens for tokens, _ in batches])
@@ -386,8 +392,8 @@ def print_table(model, given, stop, judge, flags, options):
         name = " ".join(map(str, special.values()))
         print(f"{name:28} {passes:7.1f} {quality:9.3f} {error:6.3f} {nats:5.2f}", flush=True)
         label = name.rstrip("0123456789. ")  # without the number of steps, or the threshold
-        lines.setdefault(label, []).append((passes, quality, error))
-    return lines
+        curves.setdefault(label, []).append((passes, quality, error))
+    return curves
 
 
 def plot(panels, path):
@@ -397,8 +403,8 @@ def plot(panels, path):
 
     size = 5.5 * len(panels), 4
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for panel, (title, lines) in zip(axes[0], panels.items()):
-        for label, points in lines.items():
+    for panel, (title, curves) in zip(axes[0], panels.items()):
+        for label, points in curves.items():
             x, y, error = zip(*points)
             panel.errorbar(x, y, error, marker="o", capsize=2, label=label)
         panel.set_xscale("log", base=2)
@@ -417,10 +423,10 @@ class Flags:
     ckpt: tuple = ("out/ckpt.pt",)  # the checkpoint; for a table several, with commas between
     num_samples: int = 1  # how many samples, at least 1
     batch_size: int = 32  # how many of them at a time, at least 1
-    length: int = 0  # tokens of a text, at least 0, at most 1e6; 0: as many as can be
+    length: int = 0  # tokens of a text, prompt included, at least 0; 0: the model's seq_len
     prompt: str = ""  # what a text begins with
     template: str = ""  # a text with holes: k > 1 underscores are k tokens
-    problem: int = -1  # solve this test problem of the checkpoint's dataset; at least -1: none
+    problem: int = -1  # solve this validation problem of the model's dataset; at least -1: none
     device: str = "auto"  # cpu, cuda, ...; auto: cuda where there is one
     watch: bool = False  # show every step
     table: bool = False  # no text, but quality against passes for every sampler
@@ -470,12 +476,12 @@ def choose_problems(rows, meta, flags):
     rows = rows.reshape(-1, meta["row_length"])
     chosen = range(flags.num_samples) if flags.table else [flags.problem] * flags.num_samples
     if max(chosen) >= len(rows):
-        raise ValueError(f"there are {len(rows)} test problems: 0 to {len(rows) - 1}")
+        raise ValueError(f"there are {len(rows)} validation problems: 0 to {len(rows) - 1}")
     return torch.from_numpy(rows[list(chosen)].astype(np.int64))
 
 
 def sample(path, flags, options):
-    """What the flags ask of one checkpoint. Of a table, returns (title, the lines of a plot)."""
+    """What the flags ask of one checkpoint. Returns (title, the curves of a plot) of a table."""
     model, content = load_checkpoint(path, find_device(flags.device))
     tokenizer = content["meta"]["tokenizer"]
     encode, decode = load_tokenizer(tokenizer)

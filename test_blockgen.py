@@ -1311,7 +1311,7 @@ def arpc_by_hand(direct, block, xt, steps, criterion, temperature=1.0, warmup=0,
 
 def arpc_scores_by_hand(direct, block, k, criterion, temperature):
     if criterion == "random":
-        return {i: direct.number(sample.ACCEPT, k + 1, i) for i in block}
+        return {i: direct.number(sample.ACCEPT, k, i) for i in block}
     positions = range(direct.length)
     noise = [direct.pure(sample.VERIFY, k, i) for i in positions]
     logits = direct.logits(direct.tokens, noise, 1) / temperature
@@ -1524,7 +1524,7 @@ def test_rows_stop_at_their_end_token(sampler):
     """The prompt's own end tokens do not count, nor do those before something given."""
     model = tiny()
     end = 3
-    model.head.bias.data[end] = 3.0  # likely
+    model.head.bias.data[end] = 6.0  # likely
     given = torch.full((6, 21), -1)
     given[:, :4] = end
     given[0, 20] = 7
@@ -1611,7 +1611,7 @@ def test_the_bounds_are_bounds(noise, ar):
     assert (jensen > truth - 1e-3).all()
     assert (other > truth - 1e-3).all()
 
-    far = both + torch.tensor([[0.0], [8.0]])  # where one size is far better, it is log-sum-exp
+    far = both + torch.tensor([[0.0], [20.0]])  # where one size is far better, it is log-sum-exp
     jensen, other = train.mixture_bounds(far, weights)
     tightest = log_sum_exp(far, weights)
     assert close(other.mean(), tightest.mean(), 0.02)

@@ -1,14 +1,14 @@
 """Train a block diffusion model on a mixture of block sizes.
 
-    python train.py                                      # prepares its data; fits the machine
-    python train.py --dataset=math                       # so does this: problems with answers
+    python train.py                                      # makes its data, too; fits the machine
+    python train.py --dataset=math                       # likewise: problems with answers
     python train.py --dataset=shakespeare                # after python prepare_data.py shakespeare
     python train.py --block_sizes=1                      # an autoregressive model
     python train.py --block_sizes=1024                   # full-sequence diffusion: MDLM, or with
                                                          # --noise=uniform Duo
     python train.py --preset=paper                       # 12 layers, 768 wide, L = 1024
     python train.py --resume                             # go on from out/ckpt.pt
-    python train.py --eval_only --eval_draws=8           # the likelihood of out/ckpt.pt
+    python train.py --eval_only                          # the likelihood of out/ckpt.pt
 
 Writes OUT_DIR/ckpt.pt (atomically) and OUT_DIR/log.jsonl. All randomness is a function of (seed,
 step, row): neither the number of parts of a batch (dropout aside) nor an interruption changes what
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
-from blockgen import (
+from blockgen import (  # first: it sets an option that torch reads when it is loaded
     BlockGen,
     Config,
     find_device,
@@ -67,13 +67,13 @@ class Settings:
     t_min: float = 0.3  # least noise level in training, at least 1e-6, at most 0.99
     # optimization
     max_iters: int = 1800  # steps, at least 1
-    batch_size: int = 8  # rows a step, over all parts, at least 1
-    grad_accum: int = 1  # parts in which a step's rows are computed one by one, at least 1
-    optimizer: str = "muon"  # of the matrices of the blocks: muon | adamw
+    batch_size: int = 8  # rows per step, at least 1
+    grad_accum: int = 1  # compute them in so many parts, to save memory, at least 1
+    optimizer: str = "muon"  # of the weight matrices of the layers: muon | adamw
     learning_rate: float = 6e-3  # peak learning rate, at least 0
     lr_decay: str = "cosine"  # after the warm-up: cosine | constant
     warmup_iters: int = 50  # steps of linear warm-up, at least 1
-    weight_decay: float = 0.01  # of the matrices of the blocks, at least 0
+    weight_decay: float = 0.01  # of these matrices, at least 0
     beta2: float = 0.99  # of AdamW, at least 0, at most 0.99999
     grad_clip: float = 1.0  # largest norm of the gradient, at least 0; 0: any
     ema: float = 0.95  # decay of the average of the weights, at least 0, at most 0.99999
@@ -81,7 +81,7 @@ class Settings:
     eval_interval: int = 300  # steps from one evaluation and checkpoint to the next, at least 1
     eval_seqs: int = 64  # validation sequences, with always the same noise, at least 2
     eval_only: bool = False  # no training: the likelihood of OUT_DIR/ckpt.pt, as a table
-    eval_block_sizes: tuple = (1, 2, 4, 8, 16, 10**9)  # with --eval_only; at least 1, up to L
+    eval_block_sizes: tuple = (1, 2, 4, 8, 16, 10**9)  # with --eval_only; at least 1; above L: L
     eval_draws: int = 8  # with --eval_only: draws of the noise for a sequence, at least 1
     # the machine
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda where there is one
@@ -98,7 +98,7 @@ class Settings:
 
 
 PRESETS = {
-    "gpu": dict(  # about 5 GB of GPU memory
+    "gpu": dict(  # by estimate 5 GB of GPU memory
         compile=True,
         dataset="alldocs",
         n_layer=6,
@@ -113,7 +113,7 @@ PRESETS = {
         ema=0.999,
         eval_seqs=256,
     ),
-    "paper": dict(  # about 14 GB of GPU memory
+    "paper": dict(  # by estimate 14 GB of GPU memory
         compile=True,
         dataset="openwebtext",
         n_layer=12,
@@ -148,8 +148,8 @@ PRESETS = {
 
 
 def train_step(run, args):
-    """Gradients of this step's batch, a step of the optimizers; a tensor: loss in nats per token,
-    norm of the gradient."""
+    """Gradients of this step's batch, and a step of the optimizers. run: see start(). Returns a
+    tensor: loss in nats per token, norm of the gradient."""
     total = torch.zeros((), device=run.device)
     for part, rows in enumerate(torch.arange(args.batch_size).chunk(args.grad_accum)):
         torch.manual_seed(hash((args.seed, run.step, part)) % 2**63)  # for dropout
@@ -170,20 +170,21 @@ def train_step(run, args):
 
 
 def mean_over_tokens(losses, given):
-    """(N,) means of losses (N, L) over the tokens of a row that are not given; those are zero."""
+    """(N,) means of losses (N, L) over the tokens that are not given (given ones have none)."""
     return losses.sum(1) / (~given).sum(1)
 
 
 def draw_batch(run, args, rows):
     """Everything random about some rows (R,) of a step's batch: x0 (R, L), block sizes (R,), t and
     u (R, L), and which tokens are given (R, L). Block sizes and, within the rows of one size, noise
-    levels are stratified over the whole batch."""
+    levels are stratified over the whole batch: row i takes what stands at (i + offset) / batch_size
+    when the sizes share out [0, 1) by their weights."""
     key, L = (args.seed, run.step), run.model.config.seq_len
     offset = random_numbers((*key, 0), [0], 1)[0]
-    point = (rows + offset) / args.batch_size  # the batch tiles [0, 1)
+    point = (rows + offset) / args.batch_size
     begin = run.weights.cumsum(0) - run.weights
     which = torch.searchsorted(begin, point, right=True) - 1
-    stratum = (point - begin[which]) / run.weights[which]  # those of each size tile it, too
+    stratum = (point - begin[which]) / run.weights[which]  # where in the share of its size, [0, 1)
     block_size = run.sizes[which]
     t, u = draw_noise(key, rows, stratum, block_size, L, args.t_min)
     chosen = random_numbers((*key, 4), rows, 1)[:, 0] * len(run.train)
@@ -197,10 +198,10 @@ def draw_noise(key, rows, stratum, block_size, length, t_min):
     [t_min, 1], constant in a block of block_size (N,), and uniform numbers u (N, L) that corrupt.
 
     The levels are stratified over all blocks of a batch. A row with B blocks has one in each of B
-    equal intervals of the unit circle, all at the same fraction of their interval, which is the
-    row's stratum (N,) in [0, 1): rows with 0/N, 1/N, ... tile the circle together. One offset turns
-    the circle for the whole batch, and each row begins with an interval of its own. So every level
-    by itself is uniform."""
+    equal intervals of [0, 1), all at the same fraction of their interval, which is the row's
+    stratum (N,): two rows of two blocks with 0 and 1/2 have 0, 1/2 and 1/4, 3/4. Each row begins
+    with a random interval, and one offset is added for the whole batch, modulo 1. So every level by
+    itself is uniform."""
     block_size, stratum = block_size[:, None], stratum[:, None]
     n_blocks = (length + block_size - 1) // block_size  # (N, 1)
     first = random_numbers((*key, 2), rows, 1) * n_blocks
@@ -212,7 +213,8 @@ def draw_noise(key, rows, stratum, block_size, length, t_min):
 
 
 def shares(args):
-    """The share of each block size in the loss, or in the mixture that is a language model."""
+    """The weights of the block sizes, in the loss and in the mixture that mixture_bounds takes
+    the model for; they sum to 1."""
     weights = args.block_weights or [1.0] * len(args.block_sizes)
     return [weight / sum(weights) for weight in weights]
 
@@ -297,7 +299,7 @@ def note_loss(run, loss, norm):
 
 
 def report(run, args):
-    """Evaluate; keep the weights if they are the best so far. A line of text."""
+    """Evaluate; keep the weights if they are the best so far. Returns a line of text."""
     n_seqs = min(args.eval_seqs, len(run.val))
     words, figures, loss = [], {}, 0.0
     for S, share in zip(args.block_sizes, shares(args)):
@@ -373,7 +375,7 @@ def start(args, config):
 
 
 def find_autocast(args, device):
-    """The precision of the training pass: bfloat16 by itself where it is fast."""
+    """The precision of the training pass, by default bfloat16 where it is fast."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and fast
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
@@ -420,9 +422,9 @@ def make_model(config, meta, source):
 
 @torch.no_grad()
 def evaluate(model, data, meta, block_size, n_seqs, draws=1, batch_size=16, seed=0):
-    """NELBO of n_seqs rows, spread evenly over the data (n, L): nats per token, of problems per
-    token of the answer, float64 (n_seqs,), the mean of some draws of the noise; and how many tokens
-    those are (n_seqs,).
+    """NELBO of n_seqs rows, spread evenly over the data (n, L), as the mean of some draws of the
+    noise. Returns nats per token that is scored, and how many those are (of problems the answer
+    alone), both float64 (n_seqs,).
 
     The noise is a function of (seed, draw, sequence), so neither batch size nor machine moves the
     figures. t starts at 1e-6: what lies below adds less than is printed."""
