@@ -92,7 +92,7 @@ class Block(nn.Module):
         d = config.n_embd
         self.layer = layer
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
         self.norm1 = nn.LayerNorm(d)
         self.attn_qkv = nn.Linear(d, 3 * d, bias=False)
         self.attn_out = nn.Linear(d, d, bias=False)
@@ -114,55 +114,8 @@ class Block(nn.Module):
             k, v = cache.write(self.layer, k, v)
         o = block_attention(q, k, v, view)  # (N, H, Q, D)
         o = o.transpose(1, 2).reshape(N, Q, d)
-        h = self.attn_out(o)
-        x = x + F.dropout(h, self.dropout, self.training)
-        h = self.mlp(self.norm2(x))
-        return x + F.dropout(h, self.dropout, self.training)
-
-
-class Transformer(nn.Module):
-    """Tokens -> states -> logits, under any rule of who sees whom."""
-
-    def __init__(self, config, n_embeddings):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(n_embeddings, config.n_embd)
-        self.noisy_gain = nn.Parameter(torch.tensor(config.noisy_gain))
-        blocks = [Block(config, layer) for layer in range(config.n_layer)]
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size)
-        if config.tied:
-            del self.head.weight  # the embedding serves, see head_weight
-        head_size = config.n_embd // config.n_head
-        frequency = 10000 ** -(torch.arange(0, head_size, 2) / head_size)  # (D / 2,)
-        angle = torch.arange(config.seq_len)[:, None] * frequency  # (L, D / 2)
-        rotary = torch.stack([angle.cos(), angle.sin()])
-        self.register_buffer("rotary", rotary, persistent=False)
-
-    def states(self, tokens, n_clean, positions, view, cache=None):
-        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) -> (N, Q, d), what the
-        last layer says of each. view: who sees whom, see kernels.View."""
-        index = torch.arange(tokens.shape[1], device=tokens.device)
-        is_clean = index[:, None] < n_clean  # (Q, 1)
-        gain = torch.where(is_clean, 1.0, self.noisy_gain)
-        if self.config.tied:
-            gain = gain * math.sqrt(self.config.n_embd)
-        x = self.embedding(tokens) * gain  # (N, Q, d)
-        cos, sin = self.rotary[:, positions]  # (Q, D / 2) each
-        for block in self.blocks:
-            x = block(x, cos, sin, view, cache)
-        return self.norm(x)
-
-    def head_weight(self):
-        """(V, d): nothing predicts the mask."""
-        weight = self.embedding.weight if self.config.tied else self.head.weight
-        return weight[: self.config.vocab_size]
-
-    def logits(self, states, weight=None):
-        """(..., d) -> (..., V). weight: head_weight(), if several calls share it."""
-        weight = self.head_weight() if weight is None else weight
-        return F.linear(states, weight, self.head.bias)
+        x = x + self.dropout(self.attn_out(o))
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -281,8 +234,8 @@ class UniformNoise(Noise):
         p = logits.to(alpha.dtype).softmax(-1)  # (..., V)
         a = alpha[..., None]
         log_pbar = torch.addcmul(-a, p, V * a).log1p()  # (..., V)
-        both = torch.stack([xt, x0], -1)
-        log_pbar_i, log_pbar_x0 = log_pbar.gather(-1, both).unbind(-1)  # (...) from here on
+        log_pbar_i = pick(log_pbar, xt)  # (...) from here on
+        log_pbar_x0 = pick(log_pbar, x0)
         log_xbar_x0 = torch.log1p(alpha * (V - 1))
         log_xbar_other = torch.log1p(-alpha)
         is_clean = x0 == xt
@@ -326,16 +279,53 @@ def is_single(block_size, length):
     return (size == 1) | left_over
 
 
-class BlockGen(Transformer):
+class BlockGen(nn.Module):
     """A transformer with a kind of noise: its loss, and the passes that generation is made of."""
 
     def __init__(self, config):
-        noise = NOISES[config.noise](config.vocab_size)
-        super().__init__(config, noise.n_embeddings)
-        self.noise = noise
+        super().__init__()
+        self.config = config
+        self.noise = NOISES[config.noise](config.vocab_size)
+        self.embedding = nn.Embedding(self.noise.n_embeddings, config.n_embd)
+        self.noisy_gain = nn.Parameter(torch.tensor(config.noisy_gain))
+        blocks = [Block(config, layer) for layer in range(config.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        if config.tied:
+            del self.head.weight  # the embedding serves, see head_weight
+        head_size = config.n_embd // config.n_head
+        frequency = 10000 ** -(torch.arange(0, head_size, 2) / head_size)  # (D / 2,)
+        angle = torch.arange(config.seq_len)[:, None] * frequency  # (L, D / 2)
+        rotary = torch.stack([angle.cos(), angle.sin()])
+        self.register_buffer("rotary", rotary, persistent=False)
         if config.ar == "shift":  # no token stands before the first; this state predicts it
             self.first = nn.Parameter(torch.zeros(config.n_embd))
         initialize(self)
+
+    def states(self, tokens, n_clean, positions, view, cache=None):
+        """tokens (N, Q), the first n_clean of them clean, at positions (Q,) -> (N, Q, d), what the
+        last layer says of each. view: who sees whom, see kernels.View."""
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        is_clean = index[:, None] < n_clean  # (Q, 1)
+        gain = torch.where(is_clean, 1.0, self.noisy_gain)
+        if self.config.tied:
+            gain = gain * math.sqrt(self.config.n_embd)
+        x = self.embedding(tokens) * gain  # (N, Q, d)
+        cos, sin = self.rotary[:, positions]  # (Q, D / 2) each
+        for block in self.blocks:
+            x = block(x, cos, sin, view, cache)
+        return self.norm(x)
+
+    def head_weight(self):
+        """(V, d): nothing predicts the mask."""
+        weight = self.embedding.weight if self.config.tied else self.head.weight
+        return weight[: self.config.vocab_size]
+
+    def logits(self, states, weight=None):
+        """(..., d) -> (..., V). weight: head_weight(), if several calls share it."""
+        weight = self.head_weight() if weight is None else weight
+        return F.linear(states, weight, self.head.bias)
 
     def both_sides(self, x0, xt, block_size):
         """The states (N, L, d) that predict x0, at block sizes (N,): those of the diffusion side,
@@ -346,7 +336,7 @@ class BlockGen(Transformer):
         N, L = x0.shape
         shift = self.config.ar == "shift"
         positions = torch.arange(L, device=x0.device)
-        if shift and bool((block_size == 1).all()):  # nothing is read from the noisy half
+        if shift and (block_size == 1).all():  # nothing is read from the noisy half
             view = denoise_view(0, L, 0)  # causal
             clean = noisy = self.states(x0, L, positions, view)
         else:
@@ -356,19 +346,18 @@ class BlockGen(Transformer):
             clean, noisy = states.split(L, 1)
         if not shift:
             return noisy, noisy
-        first = self.first.expand(N, 1, -1).to(clean.dtype)
+        first = self.first.expand(N, 1, -1)
         return noisy, torch.cat([first, clean[:, :-1]], 1)
 
     def forward(self, x0, xt, block_size):
         """Logits (N, L, V) of x0 from clean x0 and noisy xt (N, L), block_size an int or (N,): what
         the model says, in one pass without a cache. The loss has a way of its own."""
-        block_size = torch.as_tensor(block_size, device=x0.device)
-        block_size = block_size.expand(len(x0))
+        block_size = torch.as_tensor(block_size, device=x0.device).expand(len(x0))
         diffusion, ar = self.both_sides(x0, xt, block_size)
         single = is_single(block_size, x0.shape[1])[..., None]
         return self.logits(torch.where(single, ar, diffusion))
 
-    def token_losses(self, x0, block_size, t, u, given=None, objective="nelbo", ar_weight=0.0):
+    def token_losses(self, x0, block_size, t, u, given, objective="nelbo", ar_weight=0.0):
         """Nats per token (N, L): corrupt x0 (N, L), predict it, compare.
 
         block_size (N,); t (N, L) noise levels, in float64 where the NELBO has to be accurate;
@@ -378,7 +367,6 @@ class BlockGen(Transformer):
         ar="shift" the other tokens have both sides, and ar_weight is the share of the AR side.
         objective: "nelbo"; or for masked noise "ce", the same without -alpha' / (1 - alpha)."""
         single = is_single(block_size, x0.shape[1])
-        given = torch.zeros_like(single) if given is None else given
         alpha, dalpha = SCHEDULES[self.config.schedule](t)
         xt = self.noise.corrupt(x0, torch.where(single, 0.0, alpha), u)
         xt = torch.where(given, x0, xt)
@@ -389,32 +377,28 @@ class BlockGen(Transformer):
         by_ar = (ar_share > 0) & ~given
         ar_nats = self.in_chunks(cross_entropy, by_ar, ar, x0)
         if objective == "ce":
-            nats = self.in_chunks(cross_entropy, by_diffusion, diffusion, x0)
-        else:
-            inputs = x0, xt, alpha, dalpha
-            nats = self.in_chunks(self.noise.nelbo, by_diffusion, diffusion, *inputs)
+            dalpha = alpha - 1  # then the weight of the NELBO is 1
+        inputs = x0, xt, alpha, dalpha
+        nats = self.in_chunks(self.noise.nelbo, by_diffusion, diffusion, *inputs)
         return (1 - ar_share) * nats + ar_share * ar_nats
 
-    def in_chunks(self, loss, where, states, *inputs, chunk=2**23, kept=2**26):
+    def in_chunks(self, loss, where, states, *inputs, chunk=2**23):
         """loss(logits, *inputs) at the tokens `where` (N, L), zero elsewhere. The head runs only
-        there, and makes about `chunk` logits at a time. If they are more than `kept` together, none
+        there, and makes about `chunk` logits at a time. If they are more than 2^26 together, none
         are kept for backward, which computes them again."""
         weight = self.head_weight()  # once, for each slice of it has a gradient of full size
 
         def one_chunk(states, *inputs):
             return loss(self.logits(states, weight), *inputs)
 
-        index = where.flatten().nonzero()[:, 0]  # (M,)
         V = self.config.vocab_size
-        chunks = []
-        for x in (states, *inputs):
-            chosen = x.flatten(0, 1).index_select(0, index)  # (M, ...)
-            chunks.append(chosen.split(max(1, chunk // V)))
-        if len(index) * V > kept and torch.is_grad_enabled():
+        index = where.flatten().nonzero()[:, 0]  # (M,)
+        chosen = [x.flatten(0, 1).index_select(0, index) for x in (states, *inputs)]  # (M, ...)
+        chunks = [x.split(max(1, chunk // V)) for x in chosen]
+        if len(index) * V > 2**26 and torch.is_grad_enabled():
             one_chunk = partial(checkpoint, one_chunk, use_reentrant=False)
-        losses = torch.cat([one_chunk(*inputs) for inputs in zip(*chunks)])
-        everywhere = losses.new_zeros(where.numel())
-        everywhere = everywhere.index_copy(0, index, losses)
+        losses = torch.cat([one_chunk(*pieces) for pieces in zip(*chunks)])
+        everywhere = losses.new_zeros(where.numel()).index_copy(0, index, losses)
         return everywhere.view_as(where)
 
     def new_cache(self, n_rows):
@@ -445,7 +429,7 @@ class BlockGen(Transformer):
         if c + n > 0:
             start = cache.length
             positions = torch.arange(start, start + c + n, device=xt.device)
-            clean_blocks = None if self.config.token_causal else block_size or c or 1
+            clean_blocks = 1 if self.config.token_causal else block_size or c or 1
             view = denoise_view(start, c, n, clean_blocks)
             states = self.states(tokens, c, positions, view, cache)
         if c > 0:
@@ -524,16 +508,15 @@ def look_back(block, cos, sin):
     The norm's output sums to zero, so what a row of the weight has in common over its columns acts
     on the norm's bias alone. A bias of 1 makes that a constant, in the query and in the key; the
     key's is rotated by one position, so that the two match best at distance 1."""
-    d = block.attn_qkv.weight.shape[1]
     strength = torch.linspace(2, 0, block.n_head)[:, None]
     unrotated = torch.cat([torch.ones_like(cos), torch.zeros_like(sin)])  # (D,)
     query = strength * unrotated  # (H, D)
     key = strength * torch.cat([cos, sin])
     value = torch.zeros_like(key)
-    constant = torch.cat([query, key, value]).view(3 * d, 1)
+    constant = torch.cat([query, key, value]).view(-1, 1)  # (3 d, 1)
     weight = block.attn_qkv.weight
     weight -= weight.mean(1, keepdim=True)
-    weight += constant / d
+    weight += constant / weight.shape[1]
     nn.init.ones_(block.norm1.bias)
 
 
@@ -612,9 +595,9 @@ def convert(folder):
     from safetensors.torch import load_file
 
     try:
-        with open(os.path.join(folder, "config.json")) as file:
+        with open(f"{folder}/config.json") as file:
             c = json.load(file)
-        w = load_file(os.path.join(folder, "model.safetensors"))
+        w = load_file(f"{folder}/model.safetensors")
         is_masked = not w["output_layer.linear.weight"][-1].any()  # nothing predicts the mask
         config = Config(
             vocab_size=len(w["vocab_embed.embedding"]) - is_masked,
@@ -634,8 +617,7 @@ def convert(folder):
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder} does not have the published layout ({reason})") from None
     meta = {"tokenizer": dict(kind="gpt2", start=50256, end=50256)}
-    weights = model.state_dict()
-    return dict(config=asdict(config), model=weights, meta=meta, args={}, step=0)
+    return dict(config=asdict(config), model=model.state_dict(), meta=meta, args={}, step=0)
 
 
 def fold(w, config):

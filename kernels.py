@@ -15,8 +15,8 @@ torch.set_float32_matmul_precision("high").
 
 import math
 import sys
-from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ def sees(prefix, start, end, key):
     return (key < prefix) | ((start <= key) & (key < end))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # a view is itself alone, which lets lru_cache remember it
 class View:
     """Query i sees keys [0, prefix_i) and [start_i, end_i).
 
@@ -47,7 +47,6 @@ class View:
     prefix: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
-    plans: dict = field(default_factory=dict, repr=False)
 
     def dense(self, n_keys):
         """The rule as a boolean matrix, (Q, n_keys) or (N, Q, n_keys)."""
@@ -56,12 +55,6 @@ class View:
         start = self.start[..., None]
         end = self.end[..., None]
         return sees(prefix, start, end, key)
-
-    def plan(self, key, make):
-        """make(), remembered under `key`: all layers of a pass share what follows from the view."""
-        if key not in self.plans:
-            self.plans[key] = make()
-        return self.plans[key]
 
 
 def train_view(length, block_size, token_causal=True, device=None):
@@ -87,15 +80,14 @@ def train_view(length, block_size, token_causal=True, device=None):
 
 
 @lru_cache(maxsize=4)
-def denoise_view(cached, committed, n, block_size=None):
+def denoise_view(cached, committed, n, block_size=1):
     """Generation: queries [newly committed clean (c) | noisy (n)], keys [cache (C) | queries]; c is
     `committed`, and C is `cached`.
 
-    Clean tokens are token-causal, or, with a block_size, block-causal. With n = 0 that is the mask
+    Clean tokens are causal by blocks; at block size 1, token by token: with n = 0 that is the mask
     of an autoregressive model."""
     query = torch.arange(committed + n)
-    size = block_size or 1
-    block_end = (query // size + 1) * size
+    block_end = (query // block_size + 1) * block_size
     prefix = cached + block_end.clamp(max=committed)
     start = torch.full_like(query, cached + committed)
     return View(prefix, start, start + n * (query >= committed))
@@ -135,9 +127,7 @@ def tile_states(seen, tile):
     another, 2 where all see all, 1 otherwise. The last tiles are filled up with what is not seen.
     """
     n_queries, n_keys = seen.shape[1:]
-    more_queries = -n_queries % tile
-    more_keys = -n_keys % tile
-    seen = F.pad(seen, (0, more_keys, 0, more_queries))
+    seen = F.pad(seen, (0, -n_keys % tile, 0, -n_queries % tile))
     tiles = seen.unflatten(2, (-1, tile))
     tiles = tiles.unflatten(1, (-1, tile))  # (R, QT, tile, KT, tile)
     some = tiles.any(4).any(2)
@@ -150,15 +140,16 @@ def join(pieces):
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
 
-def make_masks(view, q):
-    """How attention_torch goes about queries like q: how many keys it needs, the size of its tiles,
-    and for each tile of queries the key tiles that it sees, with the mask of the scores there.
+@lru_cache(maxsize=4)  # all layers of a pass share them
+def make_masks(view, device):
+    """How attention_torch goes about a view: how many keys it needs, the size of its tiles, and for
+    each tile of queries the key tiles that it sees, with the mask of the scores there.
 
     Few queries are fastest as one tile. So is everything on a GPU that the kernels do not serve, at
     the price of the whole matrix of scores."""
-    n_queries = q.shape[2]
+    n_queries = view.prefix.shape[-1]
     n_keys = int(torch.maximum(view.prefix, view.end).max())
-    in_tiles = n_queries > 128 and q.device.type == "cpu"
+    in_tiles = n_queries > 128 and device.type == "cpu"
     tile = 64 if in_tiles else max(n_queries, n_keys)
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)
     states = tile_states(seen, tile).amax(0)  # (QT, KT)
@@ -167,15 +158,14 @@ def make_masks(view, q):
         tiles = row.nonzero()[:, 0].tolist()
         key_tiles = queries.split(tile, 2)
         mask = torch.cat([key_tiles[i] for i in tiles], 2)  # (R, tile, keys)
-        mask = None if mask.all() else mask[:, None].to(q.device)
+        mask = None if mask.all() else mask[:, None].to(device)
         masks.append((tiles, mask))
     return n_keys, tile, masks
 
 
 def attention_torch(q, k, v, view):
     """block_attention in PyTorch: each tile of queries attends to the key tiles that it sees."""
-    key = q.shape[2], q.device
-    n_keys, tile, masks = view.plan(key, lambda: make_masks(view, q))
+    n_keys, tile, masks = make_masks(view, q.device)
     k_tiles = k[:, :, :n_keys].split(tile, 2)
     v_tiles = v[:, :, :n_keys].split(tile, 2)
     outputs = []
@@ -200,6 +190,7 @@ def tile_lists(states):
     return torch.cat([n_whole, n_seen, order], -1).int()
 
 
+@lru_cache(maxsize=4)
 def make_tables(view, n_keys, tile, device):
     """What the kernels know of a view: its bounds (R, Q, 3), the lists of key tiles for each tile
     of queries, and the reverse. All int32."""
@@ -379,8 +370,8 @@ class TritonAttention(torch.autograd.Function):
         k = k.contiguous()  # a cache is contiguous, so that it is never copied
         v = v.contiguous()
         options = launch(D, q.element_size(), backward=False)
-        key = n_keys, options["TILE"], q.device
-        bounds, by_query, by_key = view.plan(key, lambda: make_tables(view, *key))
+        tables = make_tables(view, n_keys, options["TILE"], q.device)
+        bounds, by_query, by_key = tables
         o = torch.empty_like(q)
         n_padded = by_query.shape[1] * options["TILE"]
         lse = q.new_empty((N, H, n_padded), dtype=torch.float32)
@@ -413,7 +404,7 @@ class TritonAttention(torch.autograd.Function):
 attention_triton = TritonAttention.apply
 
 
-@cache
+@lru_cache
 def use_triton(device):
     """Whether the kernels can run on this device: an NVIDIA GPU from Ampere on, and a Triton that
     can compile. If it cannot, for want of a C compiler or of Python.h, stderr says so, once."""
@@ -452,16 +443,14 @@ def block_attention(q, k, v, view):
 # Benchmark
 
 
-def flex(view, n_keys):
-    """flex_attention under the same rule, compiled."""
+def flex(seen):
+    """flex_attention under the same rule, a dense mask (Q, T), compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    prefix, start, end = view.prefix, view.start, view.end
-
     def rule(row, head, query, key):
-        return sees(prefix[query], start[query], end[query], key)
+        return seen[query, key]
 
-    mask = create_block_mask(rule, None, None, len(prefix), n_keys, device=prefix.device)
+    mask = create_block_mask(rule, None, None, *seen.shape, device=seen.device)
     return partial(torch.compile(flex_attention), block_mask=mask)
 
 
@@ -477,15 +466,11 @@ def benchmark(device, dtype):
             "SDPA, dense mask": partial(F.scaled_dot_product_attention, attn_mask=mask),
         }
         if device == "cuda":
-            rivals["flex_attention"] = flex(view, 2 * L)
+            rivals["flex_attention"] = flex(mask)
+        step = "torch.autograd.grad(attend(*qkv).sum(), qkv)"
         for name, attend in rivals.items():
-
-            def step():
-                torch.autograd.grad(attend(*qkv).sum(), qkv)
-
-            step()  # compiles
-            timer = Timer("step()", globals=dict(step=step), num_threads=torch.get_num_threads())
-            seconds = timer.blocked_autorange(min_run_time=2).median
+            timer = Timer(step, globals=locals(), num_threads=torch.get_num_threads())
+            seconds = timer.blocked_autorange(min_run_time=2).median  # compiles, then measures
             print(f"L {L:4}, S 16: {name:16} {1e3 * seconds:9.2f} ms")
 
 

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-END = "<|endoftext|>"  # follows every document, unless tokens are characters
+END = "<|endoftext|>"  # follows every document
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -66,7 +66,7 @@ def documentation(library):
         folders[:] = sorted(set(folders) - SKIPPED)
         for name in sorted(f for f in files if f.endswith(".py")):
             with contextlib.suppress(SyntaxError, ValueError):  # some are broken on purpose
-                with open(os.path.join(folder, name), encoding="utf-8") as file:
+                with open(f"{folder}/{name}", encoding="utf-8") as file:
                     yield from docstrings(file.read())
 
 
@@ -191,8 +191,8 @@ def fill_in(wording, rng):
     things, sentences, lines = rng.choice(THINGS), [], ["def simple_math_problem():"]
     for template in wording:
         x, y = rng.sample(names[:people], 2)
-        m, n, k = rng.randrange(20, 100), rng.randrange(2, 20), rng.randrange(2, 10)
-        filled = template.format(X=x, Y=y, Z=names[people], things=things, m=m, n=n, k=k)
+        numbers = dict(m=rng.randrange(20, 100), n=rng.randrange(2, 20), k=rng.randrange(2, 10))
+        filled = template.format(X=x, Y=y, Z=names[people], things=things, **numbers)
         sentence, _, code = filled.partition(" | ")
         sentences.append(sentence)
         lines += code.lower().split("; ") if code else []
@@ -314,8 +314,7 @@ def is_right(text, reference):
 def is_question(rows, end):
     """Where rows (N, L) of tokens, torch or numpy, hold the question, its end token included."""
     ends = rows == end
-    count = ends.cumsum(1)
-    return (count == 0) | (count == 1) & ends
+    return ends.cumsum(1) <= ends
 
 
 # ---------------------------------------------------------------------------------------------
@@ -359,17 +358,15 @@ def make_tokenizer(kind, text):
         return {"kind": "gpt2", "vocab_size": 50257, "end": 50256}
     if kind == "char":
         tokens = [char.encode() for char in sorted(set(text))]
-        end = None
     else:
         size = re.fullmatch(r"bpe:(\d+)", kind)
         if not size or not 257 <= int(size[1]) <= 16384:
             kinds = "char, gpt2 or bpe:SIZE with SIZE from 257 to 16384"
             raise ValueError(f"tokenizer must be {kinds}, not {kind}")
         tokens = learn_bpe(text, int(size[1]) - 1)
-        end = len(tokens)
-    vocab_size = len(tokens) + (end is not None)
+    end = len(tokens)
     tokens = [token.hex() for token in tokens]
-    return {"kind": kind, "tokens": tokens, "vocab_size": vocab_size, "end": end}
+    return {"kind": kind, "tokens": tokens, "vocab_size": end + 1, "end": end}
 
 
 def load_tokenizer(description):
@@ -377,7 +374,7 @@ def load_tokenizer(description):
     decode drops ids that are not in the vocabulary, such as a mask."""
     import tiktoken
 
-    kind, end = description["kind"], description["end"]
+    kind = description["kind"]
     if kind == "gpt2":
         encoding = tiktoken.get_encoding("gpt2")
     else:
@@ -386,7 +383,7 @@ def load_tokenizer(description):
             "blockgen",
             pat_str="(?s)." if kind == "char" else WORDS,
             mergeable_ranks=ranks,
-            special_tokens={} if end is None else {END: end},
+            special_tokens={END: description["end"]},
         )
 
     def encode(text):
@@ -403,9 +400,8 @@ def load_tokenizer(description):
 
 def check_tokenizer(ours, theirs):
     """Raises ValueError if the metas of a model and of data have different tokenizers."""
-    for name in ("kind", "tokens"):
-        if ours["tokenizer"].get(name) != theirs["tokenizer"].get(name):
-            raise ValueError("the data have another tokenizer than the model: were they remade?")
+    if ours["tokenizer"].get("tokens") != theirs["tokenizer"].get("tokens"):
+        raise ValueError("the data have another tokenizer than the model: were they remade?")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -416,7 +412,7 @@ def check_tokenizer(ours, theirs):
 def new_folder(folder):
     """A temporary folder that takes the name `folder` if, and only if, nothing goes wrong. Raises
     ValueError rather than replace what is no dataset."""
-    if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "meta.json")):
+    if os.path.isdir(folder) and not os.path.exists(f"{folder}/meta.json"):
         raise ValueError(f"{folder} exists and is no dataset: choose another --data_dir")
     temporary = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(temporary)
@@ -431,27 +427,26 @@ def new_folder(folder):
 def write_dataset(folder, documents, meta):
     """Write the documents as they come, then meta.json; returns the completed meta.
 
-    After each text stands an end token, if the vocabulary has one. Problems become rows of
+    After each text stands an end token. Problems become rows of
     meta["row_length"] tokens: question, end, answer, end, and more ends. So the first end token is
     the end of the question. Longer rows are dropped and counted.
 
     bytes_per_token and unigram_nats are those of the validation part, but not of questions."""
     encode, _ = load_tokenizer(meta["tokenizer"])
     size, end = meta["tokenizer"]["vocab_size"], meta["tokenizer"]["end"]
-    ends = [] if end is None else [end]
     meta.update(vocab_size=size, train_tokens=0, val_tokens=0)
     n_bytes, counts = 0, np.zeros(size, np.int64)
     with new_folder(folder) as temporary:
         for part, document in documents:
             texts = [document] if isinstance(document, str) else document
-            encoded = [encode(text) + ends for text in texts]
+            encoded = [encode(text) + [end] for text in texts]
             row = sum(encoded, [])
             length = meta.get("row_length", len(row))
             if len(row) > length:
                 meta["dropped"] += 1
                 continue
-            with open(os.path.join(temporary, f"{part}.bin"), "ab") as file:
-                np.array(row + ends * (length - len(row)), np.uint16).tofile(file)
+            with open(f"{temporary}/{part}.bin", "ab") as file:
+                np.array(row + [end] * (length - len(row)), np.uint16).tofile(file)
             meta[f"{part}_tokens"] += length
             if part == "val":
                 n_bytes += len(texts[-1].encode())
@@ -461,7 +456,7 @@ def write_dataset(folder, documents, meta):
         meta["bytes_per_token"] = n_bytes / counts.sum()
         p = counts[counts > 0] / counts.sum()
         meta["unigram_nats"] = -(p * np.log(p)).sum()  # their entropy
-        with open(os.path.join(temporary, "meta.json"), "w") as file:
+        with open(f"{temporary}/meta.json", "w") as file:
             json.dump(meta, file)
     return meta
 
@@ -470,11 +465,11 @@ def open_data(folder):
     """(train, val, meta): memory-mapped tokens. Raises ValueError if some are missing."""
     tokens = []
     try:
-        with open(os.path.join(folder, "meta.json")) as file:
+        with open(f"{folder}/meta.json") as file:
             meta = json.load(file)
         for part in ("train", "val"):
-            path, length = os.path.join(folder, f"{part}.bin"), meta[f"{part}_tokens"]
-            tokens.append(np.memmap(path, np.uint16, "r", shape=length))
+            length = meta[f"{part}_tokens"]
+            tokens.append(np.memmap(f"{folder}/{part}.bin", np.uint16, "r", shape=length))
     except (FileNotFoundError, KeyError, ValueError) as error:
         problem = f"{folder} is missing or damaged ({error})"
         raise ValueError(f"{problem}: python prepare_data.py makes a dataset") from None
@@ -508,7 +503,7 @@ def comments(settings):
     return dict(re.findall(r"^ +(\w+): .*?  # (.+)$", source, re.MULTILINE))
 
 
-def parse_flags(description, *classes, argv=None, defaults=None, positional=None):
+def parse_flags(description, *classes, argv=None, defaults={}, positional=None):
     """{name: value} of flags for the commented fields of dataclasses. defaults: beat the fields'
     own. Raises ValueError."""
     parser = argparse.ArgumentParser(
@@ -523,13 +518,13 @@ def parse_flags(description, *classes, argv=None, defaults=None, positional=None
     parser.error = error
     for settings in classes:
         for name, comment in comments(settings).items():
-            default = (defaults or {}).get(name, getattr(settings, name))
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            text = f"{comment} (default: {shown})".replace("%", "%%")
-            options = dict(help=text, type=reader(getattr(settings, name)), default=default)
+            default = getattr(settings, name)
+            text = comment.replace("%", "%%") + " (default: %(default)s)"
+            options = dict(help=text, type=reader(default), default=default)
             if isinstance(default, bool) or name == positional:
                 options |= dict(nargs="?", const=True)  # --NAME is --NAME=true
             parser.add_argument(name if name == positional else f"--{name}", **options)
+    parser.set_defaults(**defaults)
     return vars(parser.parse_args(argv))
 
 
@@ -558,7 +553,7 @@ def check_settings(settings):
         value = getattr(settings, name)
         choices = re.search(r"\w+( \| \w+)+", comment)
         wrong = choices and value not in choices[0].split(" | ")
-        for x in value if isinstance(value, (tuple, list)) else [value]:
+        for x in np.ravel(value):
             for bound, limit in re.findall(r"at (least|most) (-?\d[\d.e-]*)", comment):
                 within = x >= float(limit) if bound == "least" else x <= float(limit)
                 wrong = wrong or not within
@@ -601,30 +596,23 @@ class Settings:
             raise ValueError(f"there is no dataset {self.name} (--help lists them)")
 
 
-def learn_tokenizer(documents, s):
-    """(documents, the beginnings of their meta). The first documents are enough to learn from."""
-    documents = iter(documents)
-    sample = list(itertools.islice(documents, SAMPLE))
+def prepare(name, data_dir="data", **settings):
+    """Make data_dir/name; returns its meta. Raises ValueError, OSError or ImportError."""
+    s = Settings(name, data_dir, **settings)
+    documents = iter(SOURCES[name](s))
+    sample = list(itertools.islice(documents, SAMPLE))  # enough to learn tokens from
     kind = TOKENIZERS.get(s.name, "bpe:1024") if s.tokenizer == "auto" else s.tokenizer
     meta = {"tokenizer": make_tokenizer(kind, "".join("".join(text) for _, text in sample))}
     if s.name in ("math", "problems", "tinygsm"):
         meta.update(row_length=s.seq_len, dropped=0)
-        if meta["tokenizer"]["end"] is None:
-            raise ValueError("problems need a tokenizer with an end token, such as bpe:512")
-    return itertools.chain(sample, documents), meta
-
-
-def prepare(name, data_dir="data", **settings):
-    """Make data_dir/name; returns its meta. Raises ValueError, OSError or ImportError."""
-    s = Settings(name, data_dir, **settings)
-    documents, meta = learn_tokenizer(SOURCES[name](s), s)
-    return write_dataset(os.path.join(data_dir, name), documents, meta)
+    documents = itertools.chain(sample, documents)
+    return write_dataset(f"{data_dir}/{name}", documents, meta)
 
 
 def main():
     values = parse_flags(__doc__, Settings, positional="name")
     meta = prepare(**values)
-    print(os.path.join(values["data_dir"], values["name"]))
+    print(f"{values['data_dir']}/{values['name']}")
     for name, value in meta.items():
         if isinstance(value, (int, float)):
             print(f"{name:>16}: {round(value, 3):,}")

@@ -13,11 +13,10 @@ One loop over blocks, `generate`, serves all samplers: each is a function that f
 is drawn depends on seed, row, block and step alone, so a row is the same in any batch. The
 exception is speculative decoding, where rows wait for the slowest one: its law is the same.
 """
-import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 # blockgen comes first: it sets an option that torch reads when it is loaded
 from blockgen import SCHEDULES, draw, find_device, load_checkpoint, pick, random_numbers
@@ -93,15 +92,20 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
             fill = fill_by_steps if is_single else FILL[o.sampler]
             fill(run)
         run.decided |= run.ends().any(1, keepdim=True)
-        run.begin += run.count_decided()
-    return run.tokens_and_stats(time.time() - began)
+        decided = ~run.free().any(0)  # (n,) in every row: the next block begins after them
+        run.begin += int(decided.cumprod(0).sum())
+    ends = run.ends()
+    ended = ends.cumsum(1) > ends  # after the first end token
+    tokens = run.tokens.masked_fill(ended, stop)
+    written = int((~run.given & ~ended).sum())
+    return tokens, dict(nfe=run.nfe, tokens=written, seconds=time.time() - began)
 
 
 class Run:
     """The state of one call of generate(): what is decided, and the block [begin, end) at hand."""
 
     def __init__(self, model, options, given, stop, first_row, watch):
-        n, length = given.shape
+        n = len(given)
         self.model, self.options = model, options
         self.temperature = max(options.temperature, 1e-9)  # 0 is greedy
         self.block_size = 1 if options.sampler == "ar" else options.block_size
@@ -126,10 +130,8 @@ class Run:
 
     def prior(self, purpose, step=0):
         """A block of pure noise: tokens (N, n)."""
-        noise = self.model.noise
-        shape = len(self.tokens), self.end - self.begin
-        u = self.random(purpose, step) if noise.mask is None else None
-        return noise.prior(shape, self.tokens.device, u)
+        u = self.random(purpose, step)
+        return self.model.noise.prior(u.shape, u.device, u)
 
     def noisy_block(self):
         """The tokens that are decided, noise between them: (N, n)."""
@@ -140,52 +142,36 @@ class Run:
         """Logits of the block xt (N, n). The same pass commits what stands before the block."""
         self.nfe += 1
         commit = self.tokens[:, self.cache.length : self.begin]
-        return self.model.denoise(xt, self.cache, commit, self.block_size)
+        logits = self.model.denoise(xt, self.cache, commit, self.block_size)
+        return logits.float() / self.temperature
 
     def verify(self, x, step=0):
         """AR logits of the block of proposed tokens x (N, n). Raises ValueError."""
-        config, noise = self.model.config, None
-        if not config.token_causal:
+        if not self.model.config.token_causal:
             raise ValueError("this model's clean tokens are block-causal: its AR side has no cache")
-        if config.ar == "paper":  # predictions are read from noise tokens
-            noise = self.prior(VERIFY, step)
         self.nfe += 1
-        return self.model.verify(x, self.cache, noise)
+        logits = self.model.verify(x, self.cache, self.prior(VERIFY, step))
+        return logits.float() / self.temperature
 
     def distribution(self, logits):
-        """What tokens are drawn from, (N, n, V): temperature, then top-k."""
-        logits = logits.float() / self.temperature
-        k = self.options.top_k
-        if k:
-            top = logits.topk(min(k, logits.shape[-1])).values
+        """What tokens are drawn from, (N, n, V): the likeliest k, or all."""
+        if self.options.top_k:
+            k = min(self.options.top_k, logits.shape[-1])
+            top = logits.topk(k).values
             logits = logits.masked_fill(logits < top[..., -1:], float("-inf"))
         return logits.softmax(-1)
 
     def keep(self, x, where):
         """Write the tokens x (N, n) where they are decided now."""
         block = slice(self.begin, self.end)
-        before = self.tokens[:, block]
-        self.tokens[:, block] = torch.where(where, x, before)
+        self.tokens[:, block] = x
         self.decided[:, block] |= where
-
-    def count_decided(self):
-        """How many tokens from the begin of the block on are decided in every row."""
-        everywhere = self.decided[:, self.begin : self.end].all(0)  # (n,)
-        return int(everywhere.long().cumprod(0).sum())
 
     def ends(self):
         """(N, L) True at written end tokens after which nothing is given: those end a row. A
         prompt's own do not."""
         given_from_here = self.given.flip(1).cumsum(1).flip(1) > 0
         return (self.tokens == self.stop) & self.decided & ~given_from_here
-
-    def tokens_and_stats(self, seconds):
-        """What generate returns."""
-        ends = self.ends().long()
-        ended = ends.cumsum(1) > ends  # after the first end token
-        tokens = self.tokens.masked_fill(ended, max(self.stop, 0))
-        written = int((~self.given & ~ended).sum())
-        return tokens, dict(nfe=self.nfe, tokens=written, seconds=seconds)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -197,20 +183,18 @@ def fill_by_steps(run):
     Under ARPC (arXiv 2606.02241) all steps but the last are guided, or those that the options say:
     such a step goes all the way, to a proposal for the whole block, and sends the tokens that score
     worst back to noise, as many as are noise at the next level."""
-    o, noise, free = run.options, run.model.noise, run.free()
+    o, free = run.options, run.free()
     steps = o.steps if free.shape[1] > 1 else 1
     t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
     alpha, _ = SCHEDULES[run.model.config.schedule](t)
     alpha = alpha.tolist()
     xt = run.noisy_block()
     for k in range(steps):
-        guided = o.sampler == "arpc" and o.warmup <= k < steps - 1
-        guided = guided and (k - o.warmup) % o.guide_every == 0
+        guided = o.sampler == "arpc" and k in range(o.warmup, steps - 1, o.guide_every)
         logits = run.denoise(xt)
         probs = run.distribution(logits)
         alpha_s = 1.0 if guided else alpha[k + 1]
-        u = run.random(REVEAL, k)
-        x = noise.step(probs, xt, alpha_s, alpha[k], u)
+        x = run.model.noise.step(probs, xt, alpha_s, alpha[k], run.random(REVEAL, k))
         x = torch.where(free, x, xt)
         sent_back = torch.zeros_like(free)
         if guided:
@@ -244,8 +228,7 @@ def arpc_score(run, x, xt, logits, step):
     if criterion == "random":
         return run.random(ACCEPT, step)
     if criterion in AR_CRITERIA:
-        ar_logits = run.verify(x, step).float() / run.temperature
-        ar = ar_logits.log_softmax(-1)  # (N, n, V)
+        ar = run.verify(x, step).log_softmax(-1)  # (N, n, V)
         nll = -pick(ar, x)
     if criterion == "ar_nll":
         return nll
@@ -254,7 +237,7 @@ def arpc_score(run, x, xt, logits, step):
     if criterion == "ar_entropy":
         return entropy(ar)
     noisy = run.model.noise.scored(xt)
-    diffusion = (logits.float() / run.temperature).log_softmax(-1)
+    diffusion = logits.log_softmax(-1)
     point_mass = 1e4 * (F.one_hot(x, logits.shape[-1]) - 1.0)  # its logarithm: 0 at x
     diffusion = torch.where(noisy[..., None], diffusion, point_mass)
     if criterion == "kld":
@@ -284,22 +267,19 @@ def entropy(logp):
 def fill_by_confidence(run):
     """Each pass keeps the tokens whose probability exceeds the threshold, at least the likeliest
     (SDAR, arXiv 2510.06303; Fast-dLLM)."""
-    xt = run.noisy_block()
-    for k in range(run.end - run.begin):
+    xt, k = run.noisy_block(), 0
+    while run.free().any():
         free = run.free()
-        if not free.any():
-            break
         probs = run.distribution(run.denoise(xt))
         x = draw(probs, run.random(REVEAL, k))
         confidence = pick(probs, x).masked_fill(~free, -1)  # (N, n)
-        likeliest = confidence.argmax(-1)
-        likeliest = F.one_hot(likeliest, free.shape[1]).bool()
+        likeliest = F.one_hot(confidence.argmax(-1), free.shape[1]).bool()
         sure = likeliest | (confidence > run.options.threshold)
         sure = sure & free
         x = torch.where(sure, x, xt)
         run.watch(run, xt, x, torch.zeros_like(free))
         run.keep(x, sure)
-        xt = x
+        xt, k = x, k + 1
 
 
 def fill_by_draft(run):
@@ -315,13 +295,11 @@ def fill_by_draft(run):
     p = run.distribution(run.verify(x))
     ratio = pick(p, x) / pick(q, x)
     likely = run.random(ACCEPT) < ratio
-    accepted = (~free | likely).long().cumprod(1)  # (N, n) 1 up to the first rejection
+    accepted = (~free | likely).cumprod(1)  # (N, n) 1 up to the first rejection
     n_accepted = accepted.sum(1, keepdim=True)  # (N, 1)
     rejected = torch.arange(free.shape[1], device=x.device) == n_accepted  # (N, n) the first one
-    excess = (p - q).clamp(min=0) * rejected[..., None]  # (N, n, V)
-    u = run.random(RESIDUAL)[:, 0]
-    replacement = draw(excess.sum(1), u)  # (N,)
-    x = torch.where(rejected, replacement[:, None], x)
+    replacement = draw((p - q).clamp(min=0), run.random(RESIDUAL))
+    x = torch.where(rejected, replacement, x)
     kept = accepted.bool() | rejected
     run.watch(run, xt, x, ~kept & free)
     run.keep(x, kept)
@@ -351,12 +329,11 @@ GRID += [
 ]
 
 
-def in_batches(model, given, stop, flags, options, watch=None):
+def in_batches(model, given, size, options):
     """generate() for all rows of given, some at a time: yields (tokens on the CPU, stats)."""
-    for first in range(0, len(given), flags.batch_size):
-        part = given[first : first + flags.batch_size]
-        options = dict(options, given=part, stop=stop, first_row=first, watch=watch)
-        tokens, stats = generate(model, *part.shape, **options)
+    for i, part in enumerate(given.split(size)):
+        rows = dict(given=part, first_row=i * size)
+        tokens, stats = generate(model, *part.shape, **rows, **options)
         yield tokens.cpu(), stats
 
 
@@ -375,18 +352,19 @@ def make_judge(decode, train, problems):
     return known_words
 
 
-def print_table(model, given, stop, judge, flags, options):
+def print_table(model, given, judge, size, options):
     """For every sampler of GRID: network passes per batch, quality with its standard error, entropy
     of the tokens (low after a collapse). Returns the curves of a plot."""
     print("sampler                       passes   quality ± s.e.  nats")
     curves = {}
     for special in GRID:
-        batches = list(in_batches(model, given, stop, flags, {**options, **special}))
-        tokens = torch.cat([tokens for tokens, _ in batches])
-        passes = np.mean([stats["nfe"] for _, stats in batches])
+        batches = in_batches(model, given, size, {**options, **special})
+        tokens, stats = zip(*batches)
+        tokens = torch.cat(tokens)
+        passes = np.mean([each["nfe"] for each in stats])
         each = [judge(i, row) for i, row in enumerate(tokens.tolist())]
         quality, error = np.mean(each), np.std(each) / len(each) ** 0.5
-        written = tokens[(given < 0) & (tokens != stop)]
+        written = tokens[(given < 0) & (tokens != options["stop"])]
         frequency = torch.bincount(written) / len(written)
         nats = torch.special.entr(frequency).sum()
         name = " ".join(map(str, special.values()))
@@ -458,10 +436,10 @@ def make_watcher(decode, color):
     return watch
 
 
-def read_given(flags, encode, start, longest):
+def read_given(flags, encode, tokenizer, longest):
     """Given tokens (num_samples, length) of --prompt or --template, -1 where free."""
     parts = re.split(r"(_{2,})", flags.template) if flags.template else [flags.prompt]
-    text = list(start)
+    text = [tokenizer["start"]] if "start" in tokenizer else []
     for i, part in enumerate(parts):  # every second one is a hole
         text += [-1] * len(part) if i % 2 else encode(part)
     length = flags.length or (len(text) if flags.template else longest)
@@ -485,14 +463,15 @@ def sample(path, flags, options):
     model, content = load_checkpoint(path, find_device(flags.device))
     tokenizer = content["meta"]["tokenizer"]
     encode, decode = load_tokenizer(tokenizer)
-    stop = -1 if tokenizer["end"] is None else tokenizer["end"]
-    start = [tokenizer["start"]] if "start" in tokenizer else []
-    given = read_given(flags, encode, start, model.config.seq_len)
+    stop = tokenizer["end"]
+    options = dict(options, stop=stop)
+    given = read_given(flags, encode, tokenizer, model.config.seq_len)
     problems = judge = None
     if flags.table or flags.problem >= 0:
-        if not content["args"]:
+        args = content["args"]
+        if not args:
             raise ValueError(f"{path} was converted: it has no dataset to judge samples by")
-        folder = os.path.join(content["args"]["data_dir"], content["args"]["dataset"])
+        folder = f"{args['data_dir']}/{args['dataset']}"
         train, val, meta = open_data(folder)
         check_tokenizer(content["meta"], meta)
         if "row_length" in meta:
@@ -504,7 +483,7 @@ def sample(path, flags, options):
     if flags.table:
         title = f"{path}, {model.config.noise} noise"
         print(f"\n{title}, {len(given)} samples")
-        return title, print_table(model, given, stop, judge, flags, options)
+        return title, print_table(model, given, judge, flags.batch_size, options)
 
     def show(i, tokens):
         if problems is None:
@@ -515,8 +494,9 @@ def sample(path, flags, options):
         verdict = "right" if judge(i, tokens) else "wrong"
         return f"{question}\n{answer}= {solve(answer)}, {verdict}"
 
-    watch = make_watcher(decode, sys.stdout.isatty()) if flags.watch else None
-    for tokens, stats in in_batches(model, given, stop, flags, options, watch):
+    if flags.watch:
+        options["watch"] = make_watcher(decode, sys.stdout.isatty())
+    for tokens, stats in in_batches(model, given, flags.batch_size, options):
         for i, row in enumerate(tokens.tolist()):
             print(show(i, row), "-" * 80, sep="\n")
         print(", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
@@ -525,7 +505,7 @@ def sample(path, flags, options):
 def main():
     values = parse_flags(__doc__, Flags, Options)
     flags = from_values(Flags, values)
-    options = asdict(from_values(Options, values))
+    options = vars(from_values(Options, values))
     if flags.plot:
         import matplotlib.pyplot  # if it is missing, the user hears it before the work
 

@@ -90,11 +90,8 @@ class Settings:
 
     def __post_init__(self):
         check_settings(self)
-        sizes, weights = self.block_sizes, self.block_weights
-        if len(sizes) != len(set(sizes)) or len(weights) not in (0, len(sizes)):
-            raise ValueError("--block_sizes must differ, and have one of --block_weights each")
-        if self.batch_size % self.grad_accum:
-            raise ValueError("--batch_size must be a multiple of --grad_accum")
+        if len(self.block_weights) not in (0, len(self.block_sizes)):
+            raise ValueError("--block_sizes must have one of --block_weights each")
 
 
 PRESETS = {
@@ -153,10 +150,10 @@ def train_step(run, args):
     total = torch.zeros((), device=run.device)
     for part, rows in enumerate(torch.arange(args.batch_size).chunk(args.grad_accum)):
         torch.manual_seed(hash((args.seed, run.step, part)) % 2**63)  # for dropout
-        *batch, given = draw_batch(run, args, rows)
+        batch = draw_batch(run, args, rows)
         with run.autocast:
-            losses = run.model.token_losses(*batch, given, args.loss, run.ar_weight)
-        loss = mean_over_tokens(losses, given).sum() / args.batch_size
+            losses = row_losses(run.model, batch, args.loss, run.ar_weight)
+        loss = losses.sum() / args.batch_size
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip or math.inf)
@@ -169,9 +166,12 @@ def train_step(run, args):
     return torch.stack([total, norm])
 
 
-def mean_over_tokens(losses, given):
-    """(N,) means of losses (N, L) over the tokens that are not given (given ones have none)."""
-    return losses.sum(1) / (~given).sum(1)
+def row_losses(model, batch, *more):
+    """Nats per token (N,): the means of token_losses over the tokens of a row that are not given.
+    batch: x0, block sizes, t, u, given."""
+    batch = [x.to(model.head.bias.device, non_blocking=True) for x in batch]
+    losses = model.token_losses(*batch, *more)
+    return losses.sum(1) / (~batch[-1]).sum(1)
 
 
 def draw_batch(run, args, rows):
@@ -179,18 +179,17 @@ def draw_batch(run, args, rows):
     u (R, L), and which tokens are given (R, L). Block sizes and, within the rows of one size, noise
     levels are stratified over the whole batch: row i takes what stands at (i + offset) / batch_size
     when the sizes share out [0, 1) by their weights."""
-    key, L = (args.seed, run.step), run.model.config.seq_len
+    key = args.seed, run.step
+    chosen = random_numbers((*key, 4), rows, 1)[:, 0] * len(run.train)
+    x0, given = read_rows(run.train, chosen.long(), run.meta)
     offset = random_numbers((*key, 0), [0], 1)[0]
     point = (rows + offset) / args.batch_size
     begin = run.weights.cumsum(0) - run.weights
     which = torch.searchsorted(begin, point, right=True) - 1
     stratum = (point - begin[which]) / run.weights[which]  # where in the share of its size, [0, 1)
     block_size = run.sizes[which]
-    t, u = draw_noise(key, rows, stratum, block_size, L, args.t_min)
-    chosen = random_numbers((*key, 4), rows, 1)[:, 0] * len(run.train)
-    x0, given = read_rows(run.train, chosen.long(), run.meta)
-    batch = x0, block_size, t.float(), u, given
-    return [x.to(run.device, non_blocking=True) for x in batch]
+    t, u = draw_noise(key, rows, stratum, block_size, x0.shape[1], args.t_min)
+    return [x0, block_size, t.float(), u, given]
 
 
 def draw_noise(key, rows, stratum, block_size, length, t_min):
@@ -258,7 +257,7 @@ def update_average(average, model, decay, step):
 def make_optimizers(model, args):
     """One for the matrices of the blocks, Muon (arXiv 2502.16982) or AdamW; AdamW for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    rest = [p for p in model.parameters() if p not in set(matrices)]
     adamw = partial(torch.optim.AdamW, betas=(0.9, args.beta2), fused=True)
     muon = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")  # for AdamW's learning rate
     choice = muon if args.optimizer == "muon" else adamw
@@ -273,47 +272,35 @@ def train(args, config):
     run = start(args, config)
     with tqdm(total=args.max_iters, initial=run.step, smoothing=0) as bar:
         while run.step < args.max_iters and not run.stop:
-            note_loss(run, *train_step(run, args).tolist())
+            loss, norm = train_step(run, args).tolist()
+            if not math.isfinite(loss + norm):  # what is saved is older
+                why = f"the loss is {loss:.1f} nats, the norm of its gradient {norm:.1f}"
+                raise ValueError(f"stopped at step {run.step}: {why}; lower --learning_rate?")
+            run.log(step=run.step, loss=loss)
             run.step += 1
-            bar.set_postfix(loss=f"{run.recent:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             if run.step % args.eval_interval == 0 or run.step == args.max_iters:
-                bar.write(report(run, args))
+                report(run, args)
                 save(run, args)
-    if run.step >= args.max_iters:
-        print(f"done; now: python sample.py --ckpt={run.path}")
-    else:
-        save(run, args)
-        print(f"stopped at step {run.step}: --resume goes on")
-
-
-def note_loss(run, loss, norm):
-    """Log the loss of a step. Raises ValueError if it, or the gradient, is not finite: the last
-    checkpoint was saved before that."""
-    if not math.isfinite(loss + norm):
-        why = f"the loss is {loss:.1f} nats, the norm of its gradient {norm:.1f}"
-        advice = "the last good checkpoint is kept. Try a lower --learning_rate"
-        raise ValueError(f"stopped at step {run.step}: {why}; {advice}")
-    run.recent = 0.95 * run.recent + 0.05 * loss if run.recent else loss
-    run.log(step=run.step, loss=loss)
+    save(run, args)
+    print(f"saved step {run.step}: python sample.py --ckpt={run.path}, or --resume")
 
 
 def report(run, args):
-    """Evaluate; keep the weights if they are the best so far. Returns a line of text."""
-    n_seqs = min(args.eval_seqs, len(run.val))
-    words, figures, loss = [], {}, 0.0
+    """Evaluate, and print it; keep the weights if they are the best so far."""
+    figures, loss = {}, 0.0
     for S, share in zip(args.block_sizes, shares(args)):
-        losses, _ = evaluate(run.average, run.val, run.meta, S, n_seqs)
-        words.append(f"S={S}: {describe(losses, run.meta)}")
+        losses, _ = evaluate(run.average, run.val, run.meta, S, args.eval_seqs)
+        tqdm.write(f"step {run.step}, S={S}: {describe(losses, run.meta)}")
         figures[S] = losses.mean().item()
         loss += share * figures[S]
     if loss < run.best_loss:
         run.best_loss, run.best = loss, copy.deepcopy(run.average.state_dict())
     run.log(step=run.step, val=figures)
-    return f"step {run.step}: " + " | ".join(words)
 
 
-PROGRESS = "best", "best_loss", "step", "recent"
+PROGRESS = "best", "best_loss", "step"
 
 
 def save(run, args):
@@ -346,12 +333,12 @@ def restore(run, saved):
 
 def start(args, config):
     """All that a run consists of: model, average, optimizers, data, and where it is."""
-    run = SimpleNamespace(stop=[], recent=0.0, best=None, best_loss=math.inf, step=0)
+    run = SimpleNamespace(stop=[], best=None, best_loss=math.inf, step=0)
     run.device = find_device(args.device)
     run.autocast = find_autocast(args, run.device)
     run.train, run.val, run.meta = load_data(args, config.seq_len)
     run.sizes, run.weights, run.ar_weight = sizes_of_rows(args.block_sizes, shares(args), config.ar)
-    run.path = os.path.join(args.out_dir, "ckpt.pt")
+    run.path = f"{args.out_dir}/ckpt.pt"
     source = run.path if args.resume else args.init_from
     torch.manual_seed(args.seed)
     run.model = make_model(config, run.meta, source).to(run.device)
@@ -360,7 +347,7 @@ def start(args, config):
     if args.resume:
         restore(run, read_checkpoint(run.path))
     os.makedirs(args.out_dir, exist_ok=True)
-    log = open(os.path.join(args.out_dir, "log.jsonl"), "a" if args.resume else "w", buffering=1)
+    log = open(f"{args.out_dir}/log.jsonl", "a" if args.resume else "w", buffering=1)
     run.log = lambda **line: log.write(json.dumps(line) + "\n")
     if args.compile and (run.device.type == "cpu" or use_triton(run.device)):
         torch._dynamo.config.suppress_errors = True  # a failing compiler costs speed, not the run
@@ -369,7 +356,7 @@ def start(args, config):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: run.stop.append(True))
     n_parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    print(f"{n_parameters:.2f}M parameters on {run.device}; {len(run.train):,} rows; ", end="")
+    print(f"{n_parameters:.2f}M parameters on {run.device}; {len(run.train):,} rows")
     print(f"unigram entropy {run.meta['unigram_nats']:.3f} nats")
     return run
 
@@ -384,9 +371,8 @@ def find_autocast(args, device):
 def load_data(args, length):
     """(rows for training, for validation, meta). Rows (n, L) are views: of a text there is one at
     every position. A dataset that needs no help is made first. Raises ValueError."""
-    folder = os.path.join(args.data_dir, args.dataset)
-    makes_itself = args.dataset in ("pydocs", "alldocs", "math")
-    if makes_itself and not os.path.exists(folder):
+    folder = f"{args.data_dir}/{args.dataset}"
+    if args.dataset in ("pydocs", "alldocs", "math") and not os.path.exists(folder):
         print(f"preparing {folder} ...")
         prepare(args.dataset, args.data_dir, seq_len=length)
     train, val, meta = open_data(folder)
@@ -428,6 +414,7 @@ def evaluate(model, data, meta, block_size, n_seqs, draws=1, batch_size=16, seed
 
     The noise is a function of (seed, draw, sequence), so neither batch size nor machine moves the
     figures. t starts at 1e-6: what lies below adds less than is printed."""
+    n_seqs = min(n_seqs, len(data))
     chosen = torch.linspace(0, len(data) - 1, n_seqs).long()
     nats, lengths = torch.zeros(2, n_seqs, dtype=torch.float64)
     for rows in torch.arange(n_seqs).split(batch_size):
@@ -436,9 +423,8 @@ def evaluate(model, data, meta, block_size, n_seqs, draws=1, batch_size=16, seed
         sizes = torch.full((len(rows),), block_size)
         for draw in range(draws):
             noise = draw_noise((seed, draw), rows, rows / n_seqs, sizes, x0.shape[1], t_min=1e-6)
-            batch = (x.to(model.head.bias.device) for x in (x0, sizes, *noise, given))
-            losses = model.token_losses(*batch).cpu()
-            nats[rows] += mean_over_tokens(losses, given) / draws
+            losses = row_losses(model, [x0, sizes, *noise, given])
+            nats[rows] += losses.cpu() / draws
     return nats, lengths
 
 
@@ -469,21 +455,19 @@ def mixture_bounds(total, weights):
 def eval_only(args):
     """Print the likelihood of OUT_DIR/ckpt.pt on validation data, by block size and under the
     mixture. Raises ValueError."""
-    path = os.path.join(args.out_dir, "ckpt.pt")
-    model, content = load_checkpoint(path, find_device(args.device))
+    device = find_device(args.device)
+    model, content = load_checkpoint(f"{args.out_dir}/ckpt.pt", device)
     L = model.config.seq_len
     _, data, meta = load_data(args, L)
     check_tokenizer(content["meta"], meta)
-    mixed = [min(L, S) for S in args.block_sizes]
-    n_seqs = min(args.eval_seqs, len(data))
     losses = {}
-    for S in sorted({min(L, S) for S in args.eval_block_sizes} | set(mixed)):
-        losses[S], lengths = evaluate(model, data, meta, S, n_seqs, args.eval_draws)
-    total = torch.stack([losses[S] for S in mixed]) * lengths
+    for S in sorted({min(L, S) for S in (*args.block_sizes, *args.eval_block_sizes)}):
+        losses[S], lengths = evaluate(model, data, meta, S, args.eval_seqs, args.eval_draws)
+    total = torch.stack([losses[min(L, S)] for S in args.block_sizes]) * lengths
     jensen, log_sum_exp = mixture_bounds(total, shares(args))
     losses["mixture: Jensen"] = jensen / lengths
     losses["mixture: log-sum-exp"] = log_sum_exp / lengths
-    print(f"{model.config.noise} noise, best of {content['step']} steps, {n_seqs} sequences")
+    print(f"{model.config.noise} noise, best of {content['step']} steps, {len(lengths)} sequences")
     for S, nats in losses.items():
         print(f"{S:>20}: {describe(nats, meta)}, perplexity {nats.mean().exp():.2f}")
 
@@ -503,9 +487,9 @@ def read_flags(argv=None):
     if values["init_from"]:
         defaults = defaults | asdict(read_checkpoint(values["init_from"])["config"])
     if values["resume"] or values["eval_only"]:
-        saved = read_checkpoint(os.path.join(values["out_dir"], "ckpt.pt"))
-        kept = {name: values[name] for name in ("resume", "eval_only", "out_dir", "device")}
-        defaults = asdict(saved["config"]) | saved["args"] | kept
+        saved = read_checkpoint(f"{values['out_dir']}/ckpt.pt")
+        here = dict(out_dir=values["out_dir"], device=values["device"])
+        defaults = asdict(saved["config"]) | saved["args"] | here
     values = parse_flags(__doc__, Settings, Config, argv=argv, defaults=defaults)
     args, config = from_values(Settings, values), from_values(Config, values)
     if args.loss == "ce" and config.noise == "uniform":
