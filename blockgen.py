@@ -13,8 +13,8 @@ Who sees whom is the only subtle thing. For four tokens and block size 2:
                 3  x x            x x     and the clean tokens before that block
                 4  x x            x x
 
-In this file: the settings, the transformer, the noise, the model with its loss, generation with
-the cache; then initialization, random numbers, checkpoints, published weights.
+In this file: the settings, a layer of the transformer, the noise, the model with its loss and
+generation with the cache; then initialization, random numbers, checkpoints, published weights.
 
 Notation: N rows, L = seq_len, S = block_size, V = vocab_size, d = n_embd, H heads of D; Q queries,
 T keys; n tokens of the block at hand, c that are committed to the cache with it. x0 clean tokens,
@@ -74,7 +74,7 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------
-# The transformer: pre-LN, rotary positions
+# A layer of the transformer: pre-LN, rotary positions
 
 
 def rotate(x, cos, sin):

@@ -427,9 +427,9 @@ def new_folder(folder):
 def write_dataset(folder, documents, meta):
     """Write the documents as they come, then meta.json; returns the completed meta.
 
-    After each text stands an end token. Problems become rows of
-    meta["row_length"] tokens: question, end, answer, end, and more ends. So the first end token is
-    the end of the question. Longer rows are dropped and counted.
+    After each text stands an end token. Problems become rows of meta["row_length"] tokens:
+    question, end, answer, end, and more ends. So the first end token is the end of the question.
+    Longer rows are dropped and counted.
 
     bytes_per_token and unigram_nats are those of the validation part, but not of questions."""
     encode, _ = load_tokenizer(meta["tokenizer"])

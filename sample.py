@@ -414,7 +414,7 @@ class Flags:
         check_settings(self)
         if (self.prompt != "") + (self.template != "") + (self.problem >= 0) > 1:
             raise ValueError("--prompt, --template and --problem exclude each other")
-        self.table = self.table or self.plot != ""
+        self.table |= self.plot != ""
 
 
 def make_watcher(decode, color):
@@ -431,7 +431,7 @@ def make_watcher(decode, color):
             text = "_" if is_mask else decode([token]).replace("\n", "⏎").replace(END, "∎")
             style = red if sent_back else bright if token != old else "{}"
             words.append(style.format(text))
-        print(f"{run.nfe:4} {run.begin:4} | {''.join(words)}", flush=True)
+        print(f"{run.nfe:4} {run.begin:4} | {''.join(words)}")
 
     return watch
 
