@@ -204,8 +204,8 @@ class MaskedNoise(Noise):
         or stays, other tokens stay (MDLM, section 3)."""
         reveal = (alpha_s - alpha_t) / (1 - alpha_t)
         reveal = reveal * (xt == self.mask).double()
-        changed = F.pad(reveal[..., None] * probs, (0, 1))  # nothing becomes the mask
-        return changed.scatter_add(-1, xt[..., None], 1 - reveal[..., None])
+        changed = reveal[..., None] * F.pad(probs, (0, 1))  # nothing becomes the mask
+        return changed.scatter_add_(-1, xt[..., None], 1 - reveal[..., None])
 
 
 class UniformNoise(Noise):
@@ -256,10 +256,12 @@ class UniformNoise(Noise):
         V = self.vocab_size
         ratio = alpha_t / alpha_s
         at_xt = V * alpha_t * pick(probs, xt).double()
-        stays = at_xt + ratio - alpha_t
-        changed = (alpha_s - alpha_t) * probs.double() + (1 - ratio) * (1 - alpha_s) / V
         total = at_xt + 1 - alpha_t
-        return changed.scatter_add(-1, xt[..., None], stays[..., None]) / total[..., None]
+        stays = (at_xt + ratio - alpha_t) / total  # these three add up to 1
+        from_probs = (alpha_s - alpha_t) / total
+        at_random = (1 - ratio) * (1 - alpha_s) / total
+        changed = from_probs[..., None] * probs + at_random[..., None] / V
+        return changed.scatter_add_(-1, xt[..., None], stays[..., None])
 
 
 NOISES = {"masked": MaskedNoise, "uniform": UniformNoise}
@@ -401,10 +403,10 @@ class BlockGen(nn.Module):
         everywhere = losses.new_zeros(where.numel()).index_copy(0, index, losses)
         return everywhere.view_as(where)
 
-    def new_cache(self, n_rows):
-        """An empty cache for n_rows rows of up to seq_len tokens."""
+    def new_cache(self, n_rows, length=None):
+        """An empty cache for n_rows rows of up to length tokens, by default seq_len."""
         config = self.config
-        slots = config.seq_len
+        slots = length or config.seq_len
         state = None
         if config.ar == "shift":
             state = self.first.expand(n_rows, 1, -1)

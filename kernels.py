@@ -152,7 +152,7 @@ def make_masks(view, device):
     in_tiles = n_queries > 128 and device.type == "cpu"
     tile = 64 if in_tiles else max(n_queries, n_keys)
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)
-    states = tile_states(seen, tile).amax(0)  # (QT, KT)
+    states = tile_states(seen, tile).amax(0) if in_tiles else torch.ones(1, 1)  # (QT, KT)
     masks = []
     for row, queries in zip(states, seen.split(tile, 1)):
         tiles = row.nonzero()[:, 0].tolist()
@@ -416,8 +416,8 @@ def use_triton(device):
     try:
         probe_kernel[(1,)](x)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        print(f"Triton cannot compile, PyTorch computes attention: {reason}", file=sys.stderr)
+        line = f"Triton cannot compile, PyTorch computes attention: {error!r}"
+        print(line[:300], file=sys.stderr)
         return False
     return True
 

@@ -519,7 +519,9 @@ def parse_flags(description, *classes, argv=None, defaults={}, positional=None):
     for settings in classes:
         for name, comment in comments(settings).items():
             default = getattr(settings, name)
-            text = comment.replace("%", "%%") + " (default: %(default)s)"
+            shown = defaults.get(name, default)
+            shown = ",".join(map(str, shown)) if isinstance(default, tuple) else shown
+            text = f"{comment} (default: {shown})".replace("%", "%%")
             options = dict(help=text, type=reader(default), default=default)
             if isinstance(default, bool) or name == positional:
                 options |= dict(nargs="?", const=True)  # --NAME is --NAME=true

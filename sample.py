@@ -105,11 +105,11 @@ class Run:
     """The state of one call of generate(): what is decided, and the block [begin, end) at hand."""
 
     def __init__(self, model, options, given, stop, first_row, watch):
-        n = len(given)
+        n, length = given.shape
         self.model, self.options = model, options
         self.temperature = max(options.temperature, 1e-9)  # 0 is greedy
         self.block_size = 1 if options.sampler == "ar" else options.block_size
-        self.cache = model.new_cache(n)
+        self.cache = model.new_cache(n, length)
         self.given = given >= 0  # (N, L)
         self.decided = self.given.clone()  # (N, L) given or written
         self.tokens = given.clamp(min=0)  # (N, L), final where decided, up to a row's end
@@ -431,7 +431,7 @@ def make_watcher(decode, color):
             text = "_" if is_mask else decode([token]).replace("\n", "⏎").replace(END, "∎")
             style = red if sent_back else bright if token != old else "{}"
             words.append(style.format(text))
-        print(f"{run.nfe:4} {run.begin:4} | {''.join(words)}")
+        print(f"{run.nfe:4} {run.begin:4} | {''.join(words)}", flush=True)
 
     return watch
 

@@ -316,13 +316,12 @@ def save(run, args):
     )
 
 
-def restore(run, saved):
+def restore(run, args, saved):
     """Go on from a checkpoint. Raises ValueError if it is not of this run."""
     if "optimizers" not in saved:
         raise ValueError(f"{run.path} is no run of train.py: start from it with --init_from")
-    if run.model.config != saved["config"]:
-        raise ValueError(f"--resume goes on with the model of {run.path}, which no flag changes")
-    check_tokenizer(saved["meta"], run.meta)
+    if (run.model.config, args.optimizer) != (saved["config"], saved["args"]["optimizer"]):
+        raise ValueError(f"no flag changes the model or the optimizer of {run.path}")
     run.model.load_state_dict(saved["model"])
     run.average.load_state_dict(saved["average"])
     for optimizer, state in zip(run.optimizers, saved["optimizers"]):
@@ -340,12 +339,13 @@ def start(args, config):
     run.sizes, run.weights, run.ar_weight = sizes_of_rows(args.block_sizes, shares(args), config.ar)
     run.path = f"{args.out_dir}/ckpt.pt"
     source = run.path if args.resume else args.init_from
+    saved = read_checkpoint(source) if source else None
     torch.manual_seed(args.seed)
-    run.model = make_model(config, run.meta, source).to(run.device)
+    run.model = make_model(config, run.meta, saved).to(run.device)
     run.average = copy.deepcopy(run.model).eval()
     run.optimizers = make_optimizers(run.model, args)
     if args.resume:
-        restore(run, read_checkpoint(run.path))
+        restore(run, args, saved)
     os.makedirs(args.out_dir, exist_ok=True)
     log = open(f"{args.out_dir}/log.jsonl", "a" if args.resume else "w", buffering=1)
     run.log = lambda **line: log.write(json.dumps(line) + "\n")
@@ -385,20 +385,16 @@ def load_data(args, length):
     return windows(train, length)[::stride], windows(val, length)[::stride], meta
 
 
-def make_model(config, meta, source):
-    """A new model, with the weights of the checkpoint `source` if there is one; it may have more
-    tokens than the data. Raises ValueError."""
-    if not source:
+def make_model(config, meta, saved):
+    """A new model, with the weights of a checkpoint if one is given. Raises ValueError."""
+    if not saved:
         return BlockGen(replace(config, vocab_size=meta["vocab_size"]))
-    trained, _ = load_checkpoint(source)
-    size = trained.config.vocab_size
-    if meta["vocab_size"] > size:
-        raise ValueError(f"{source} has fewer tokens than the data")
-    model = BlockGen(replace(config, vocab_size=size))
+    check_tokenizer(saved["meta"], meta)
+    model = BlockGen(replace(config, vocab_size=saved["config"].vocab_size))
     try:
-        model.load_state_dict(trained.state_dict())
+        model.load_state_dict(saved.get("best") or saved["model"])
     except RuntimeError as error:
-        raise ValueError(f"{source} does not fit the model: {error}") from None
+        raise ValueError(f"the checkpoint does not fit the model: {error}") from None
     return model
 
 
