@@ -143,8 +143,7 @@ def draw(probs, u):
     float64, since float32 would cut off the tail."""
     cdf = probs.cumsum(-1, dtype=torch.float64)
     target = u * cdf[..., -1]
-    target = target[..., None].contiguous()
-    index = torch.searchsorted(cdf, target, right=True)[..., 0]
+    index = torch.searchsorted(cdf, target[..., None], right=True)[..., 0]
     return index.clamp(max=probs.shape[-1] - 1)
 
 
@@ -572,9 +571,8 @@ def read_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)  # cannot run code
         content["config"] = Config(**content["config"])
     except Exception as error:
-        reason = f"no checkpoint of BlockGen, or damaged ({type(error).__name__})"
-        hint = "python train.py makes one, python blockgen.py converts published weights"
-        raise ValueError(f"{path} is {reason}: {hint}") from None
+        problem = f"{path} is no checkpoint of BlockGen, or damaged ({type(error).__name__})"
+        raise ValueError(f"{problem}: python train.py makes one") from None
     return content
 
 

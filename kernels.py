@@ -51,10 +51,8 @@ class View:
     def dense(self, n_keys):
         """The rule as a boolean matrix, (Q, n_keys) or (N, Q, n_keys)."""
         key = torch.arange(n_keys, device=self.prefix.device)
-        prefix = self.prefix[..., None]
-        start = self.start[..., None]
-        end = self.end[..., None]
-        return sees(prefix, start, end, key)
+        bounds = (x[..., None] for x in (self.prefix, self.start, self.end))
+        return sees(*bounds, key)
 
 
 def train_view(length, block_size, token_causal=True, device=None):
@@ -370,8 +368,7 @@ class TritonAttention(torch.autograd.Function):
         k = k.contiguous()  # a cache is contiguous, so that it is never copied
         v = v.contiguous()
         options = launch(D, q.element_size(), backward=False)
-        tables = make_tables(view, n_keys, options["TILE"], q.device)
-        bounds, by_query, by_key = tables
+        bounds, by_query, by_key = make_tables(view, n_keys, options["TILE"], q.device)
         o = torch.empty_like(q)
         n_padded = by_query.shape[1] * options["TILE"]
         lse = q.new_empty((N, H, n_padded), dtype=torch.float32)

@@ -518,15 +518,14 @@ def parse_flags(description, *classes, argv=None, defaults={}, positional=None):
     parser.error = error
     for settings in classes:
         for name, comment in comments(settings).items():
-            default = getattr(settings, name)
-            shown = defaults.get(name, default)
-            shown = ",".join(map(str, shown)) if isinstance(default, tuple) else shown
+            own = getattr(settings, name)
+            default = defaults.get(name, own)
+            shown = ",".join(map(str, default)) if isinstance(own, tuple) else default
             text = f"{comment} (default: {shown})".replace("%", "%%")
-            options = dict(help=text, type=reader(default), default=default)
-            if isinstance(default, bool) or name == positional:
+            options = dict(help=text, type=reader(own), default=default)
+            if isinstance(own, bool) or name == positional:
                 options |= dict(nargs="?", const=True)  # --NAME is --NAME=true
             parser.add_argument(name if name == positional else f"--{name}", **options)
-    parser.set_defaults(**defaults)
     return vars(parser.parse_args(argv))
 
 

@@ -186,8 +186,7 @@ def fill_by_steps(run):
     o, free = run.options, run.free()
     steps = o.steps if free.shape[1] > 1 else 1
     t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
-    alpha, _ = SCHEDULES[run.model.config.schedule](t)
-    alpha = alpha.tolist()
+    alpha = SCHEDULES[run.model.config.schedule](t)[0].tolist()
     xt = run.noisy_block()
     for k in range(steps):
         guided = o.sampler == "arpc" and k in range(o.warmup, steps - 1, o.guide_every)
@@ -332,8 +331,7 @@ GRID += [
 def in_batches(model, given, size, options):
     """generate() for all rows of given, some at a time: yields (tokens on the CPU, stats)."""
     for i, part in enumerate(given.split(size)):
-        rows = dict(given=part, first_row=i * size)
-        tokens, stats = generate(model, *part.shape, **rows, **options)
+        tokens, stats = generate(model, *part.shape, given=part, first_row=i * size, **options)
         yield tokens.cpu(), stats
 
 
@@ -386,9 +384,8 @@ def plot(panels, path):
             x, y, error = zip(*points)
             panel.errorbar(x, y, error, marker="o", capsize=2, label=label)
         panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:g}")
         panel.set(title=title, xlabel="network passes", ylabel="share that is right")
-        panel.legend(fontsize=7)
+        panel.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 

@@ -289,15 +289,15 @@ def train(args, config):
 
 def report(run, args):
     """Evaluate, and print it; keep the weights if they are the best so far."""
-    figures, loss = {}, 0.0
+    loss = 0.0
     for S, share in zip(args.block_sizes, shares(args)):
         losses, _ = evaluate(run.average, run.val, run.meta, S, args.eval_seqs)
         tqdm.write(f"step {run.step}, S={S}: {describe(losses, run.meta)}")
-        figures[S] = losses.mean().item()
-        loss += share * figures[S]
+        nats = losses.mean().item()
+        run.log(step=run.step, block_size=S, val=nats)
+        loss += share * nats
     if loss < run.best_loss:
         run.best_loss, run.best = loss, copy.deepcopy(run.average.state_dict())
-    run.log(step=run.step, val=figures)
 
 
 PROGRESS = "best", "best_loss", "step"
@@ -318,10 +318,9 @@ def save(run, args):
 
 def restore(run, args, saved):
     """Go on from a checkpoint. Raises ValueError if it is not of this run."""
-    if "optimizers" not in saved:
-        raise ValueError(f"{run.path} is no run of train.py: start from it with --init_from")
-    if (run.model.config, args.optimizer) != (saved["config"], saved["args"]["optimizer"]):
-        raise ValueError(f"no flag changes the model or the optimizer of {run.path}")
+    if (run.model.config, args.optimizer) != (saved["config"], saved["args"].get("optimizer")):
+        problem = f"{run.path} has another model or optimizer, which no flag changes"
+        raise ValueError(f"{problem}: --init_from starts anew from its weights")
     run.model.load_state_dict(saved["model"])
     run.average.load_state_dict(saved["average"])
     for optimizer, state in zip(run.optimizers, saved["optimizers"]):
