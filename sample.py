@@ -382,10 +382,10 @@ def plot(panels, path):
     for panel, (title, curves) in zip(axes[0], panels.items()):
         for label, points in curves.items():
             x, y, error = zip(*points)
-            panel.errorbar(x, y, error, marker="o", capsize=2, label=label)
+            panel.errorbar(x, y, error, marker="o", label=label)
         panel.set_xscale("log", base=2)
         panel.set(title=title, xlabel="network passes", ylabel="share that is right")
-        panel.legend()
+        panel.legend(fontsize=7)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
