@@ -576,12 +576,18 @@ def read_checkpoint(path):
     return content
 
 
+def trained_weights(content):
+    """Of a checkpoint the average that did best in validation; before the first validation, and
+    where it was converted, the only weights that there are."""
+    return content.get("best") or content["model"]
+
+
 def load_checkpoint(path, device="cpu"):
-    """(model in evaluation mode, content of the checkpoint). Its weights are the average that did
-    best in validation; before the first validation the current ones. Raises ValueError."""
+    """(model with its trained weights in evaluation mode, content of the checkpoint). Raises
+    ValueError."""
     content = read_checkpoint(path)
     model = BlockGen(content["config"])
-    model.load_state_dict(content.get("best") or content["model"])
+    model.load_state_dict(trained_weights(content))
     return model.to(device).eval(), content
 
 
@@ -666,8 +672,7 @@ def fold(w, config):
 def main():
     if len(sys.argv) != 3:
         raise ValueError("say python blockgen.py FOLDER OUT.pt")
-    folder, target = sys.argv[1:]
-    save_checkpoint(target, **convert(folder))
+    save_checkpoint(sys.argv[2], **convert(sys.argv[1]))
 
 
 if __name__ == "__main__":

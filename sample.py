@@ -130,8 +130,9 @@ class Run:
 
     def prior(self, purpose, step=0):
         """A block of pure noise: tokens (N, n)."""
-        u = self.random(purpose, step)
-        return self.model.noise.prior(u.shape, u.device, u)
+        noise = self.model.noise
+        u = self.random(purpose, step) if noise.mask is None else None  # masks need none
+        return noise.prior((len(self.rows), self.end - self.begin), self.tokens.device, u)
 
     def noisy_block(self):
         """The tokens that are decided, noise between them: (N, n)."""
@@ -147,10 +148,12 @@ class Run:
 
     def verify(self, x, step=0):
         """AR logits of the block of proposed tokens x (N, n). Raises ValueError."""
-        if not self.model.config.token_causal:
+        config = self.model.config
+        if not config.token_causal:
             raise ValueError("this model's clean tokens are block-causal: its AR side has no cache")
         self.nfe += 1
-        logits = self.model.verify(x, self.cache, self.prior(VERIFY, step))
+        noise = self.prior(VERIFY, step) if config.ar == "paper" else None  # else it is not read
+        logits = self.model.verify(x, self.cache, noise)
         return logits.float() / self.temperature
 
     def distribution(self, logits):

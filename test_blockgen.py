@@ -3774,7 +3774,6 @@ def test_training_starts_from_published_weights(data_dir, tmp_path, capsys):
     content = torch.load(path)  # let us say that it has the tokenizer of the data
     content["meta"] = open_data(data_dir / "text")[2]
     save_checkpoint(path, **content)
-    data = f"--dataset=text --data_dir={data_dir} --device=cpu"
     assert "init_from" in refused(capsys, train, data, f"--resume --out_dir={tmp_path}")
     flags = "--n_layer=2 --n_embd=24 --seq_len=21 --ar=paper --tied=false --max_iters=1"
     content = run_training(data_dir, tmp_path / "out", flags, f"--init_from={path}")

@@ -31,6 +31,7 @@ from blockgen import (  # first: it sets an option that torch reads when it is l
     random_numbers,
     read_checkpoint,
     save_checkpoint,
+    trained_weights,
 )
 from kernels import use_triton
 from prepare_data import (
@@ -283,7 +284,8 @@ def train(args, config):
             if run.step % args.eval_interval == 0 or run.step == args.max_iters:
                 report(run, args)
                 save(run, args)
-    save(run, args)
+    if run.stop:
+        save(run, args)
     print(f"saved step {run.step}: python sample.py --ckpt={run.path}, or --resume")
 
 
@@ -391,7 +393,7 @@ def make_model(config, meta, saved):
     check_tokenizer(saved["meta"], meta)
     model = BlockGen(replace(config, vocab_size=saved["config"].vocab_size))
     try:
-        model.load_state_dict(saved.get("best") or saved["model"])
+        model.load_state_dict(trained_weights(saved))
     except RuntimeError as error:
         raise ValueError(f"the checkpoint does not fit the model: {error}") from None
     return model
@@ -450,8 +452,7 @@ def mixture_bounds(total, weights):
 def eval_only(args):
     """Print the likelihood of OUT_DIR/ckpt.pt on validation data, by block size and under the
     mixture. Raises ValueError."""
-    device = find_device(args.device)
-    model, content = load_checkpoint(f"{args.out_dir}/ckpt.pt", device)
+    model, content = load_checkpoint(f"{args.out_dir}/ckpt.pt", find_device(args.device))
     L = model.config.seq_len
     _, data, meta = load_data(args, L)
     check_tokenizer(content["meta"], meta)
