@@ -5,64 +5,62 @@
     python sample.py --sampler=arpc --steps=8         # diffusion proposes, the AR side sends back
     python sample.py --sampler=speculative            # diffusion drafts, AR verifies: AR samples
     python sample.py --prompt="Return the" --watch    # every step, in the terminal
-    python sample.py --template="Return the ____ of"  # k > 1 underscores are k tokens to fill in
-    python sample.py --table --num_samples=64         # quality against passes, every sampler
+    python sample.py --length=1000                    # longer than the context of the model
+    python sample.py --template="Return the [2 tokens] of"           # holes to fill in
     python sample.py --ckpt=out-math/ckpt.pt --problem=17 --watch    # a math problem and its answer
+    python sample.py --table --num_samples=64         # quality against passes, every sampler
+    python sample.py --table --judge=gpt2-large       # the same, judged by another model
+    python sample.py --ckpt=FOLDER --dataset=gsm8k --table           # published weights
 
 One loop over blocks, `generate`, serves all samplers: each is a function that fills one block. What
 is drawn depends on seed, row, block and step alone, so a row is the same in any batch. The
 exception is speculative decoding, where rows wait for the slowest one: its law is the same.
+
+The samplers as a paper would write them, for one row, slowly, without a cache, are in
+test_blockgen.py: `Direct`, with `steps_by_hand` (ancestral sampling, ARPC), `confidence_by_hand`
+and `draft_by_hand` (speculative decoding). Read those first.
 """
+import math
+import os
 import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property, partial
+from statistics import mean
+from typing import Callable, Literal, NamedTuple
 
-# blockgen comes first: it sets an option that torch reads when it is loaded
-from blockgen import SCHEDULES, draw, find_device, load_checkpoint, pick, random_numbers
+# prepare_data comes first: it sets an option that torch reads when it is loaded
 from prepare_data import (
     END,
-    check_settings,
-    check_tokenizer,
+    encode_problem,
     from_values,
-    is_question,
     is_right,
     load_tokenizer,
     open_data,
+    open_problems,
     parse_flags,
     run_script,
     solve,
 )
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-AR_CRITERIA = ["kld", "reverse_kld", "tvd", "ar_nll", "ar_gap", "ar_entropy"]
-CRITERIA = AR_CRITERIA + ["diffusion_entropy", "diffusion_confidence", "diffusion_margin", "random"]
+from blockgen import (
+    SCHEDULES,
+    UserError,
+    at_index,
+    check_choices,
+    cross_entropy,
+    draw,
+    find_device,
+    load_checkpoint,
+    random_numbers,
+)
+
 # what a random number is for, a part of its key
-REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL, VERIFY = range(6)
-
-
-@dataclass
-class Options:
-    """How to sample: the keyword arguments of generate(), and flags."""
-
-    sampler: str = "ancestral"  # ar | ancestral | arpc | confidence | speculative
-    block_size: int = 16  # tokens per block, at least 1; the length if that is less
-    steps: int = 16  # reverse steps per block, at least 1
-    criterion: str = "ar_nll"  # arpc: the score of a token, see arpc_score; in the paper kld
-    warmup: int = 0  # arpc: steps of a block before guidance sets in, at least 0
-    guide_every: int = 1  # arpc: steps from one guided step to the next, at least 1
-    threshold: float = 0.9  # confidence: tokens above this probability stay; at least 0, at most 1
-    temperature: float = 1.0  # at least 0; 0 is greedy
-    top_k: int = 0  # draw from the k likeliest tokens only, at least 0; 0: from all
-    seed: int = 0  # of everything random, at least 0, at most 9e18
-
-    def __post_init__(self):
-        check_settings(self)
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}")
+REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL, VERIFY, JUDGE = range(7)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -77,23 +75,46 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
     row. They are never noised. stop: a token that ends a row; the row is filled up with it. Rows
     count from first_row in the key of the random numbers. watch(run, xt, x, sent_back) is called
     after every step, with the block (N, n) before and after it, and what goes back to noise.
-    stats: nfe (network passes), tokens (written), seconds. Raises ValueError."""
+    stats: nfe (network passes), tokens (written), seconds. Raises UserError.
+
+    The words of the code below, for a row of 8 tokens with blocks of 4 and stop = 9, whose first
+    block is written:
+
+        position    0  1  2  3    4  5  6  7
+        tokens      5  9  3  4    .  .  2  .
+        given       x  x  -  -    -  -  x  -     stands from the start
+        decided     x  x  x  x    -  -  x  -     given or written: final
+        free                      x  x  -  x     not decided, in the block at hand, 4 to 7
+        ends        -  -  -  -    -  -  -  -     a written 9 with nothing given behind it
+
+    The 9 at position 1 was given, so it ends nothing; nor would one written at position 4 or 5,
+    for a token is given behind it. One written at 7 would end the row.
+
+    A text may be longer than the model's context. When that is full, generation goes on from its
+    last half: see Run.next_block."""
     o = Options(**options)
-    longest = model.config.seq_len
-    if not 1 <= length <= longest:
-        raise ValueError(f"the model writes 1 to {longest} tokens a sample, not {length}")
     began = time.time()
     given = torch.full((n, length), -1) if given is None else given
-    run = Run(model, o, given.to(model.head.bias.device), stop, first_row, watch)
+    run = Run(model, o, given.to(model.device), stop, first_row, watch)
     while not run.decided.all():
-        run.end = min(run.begin + run.block_size, length)
-        is_single = run.end - run.begin == 1  # such a token is the AR side's, in one step
-        if run.free().any():  # else the next pass commits the block
-            fill = fill_by_steps if is_single else FILL[o.sampler]
-            fill(run)
+        # Fill the next block. If nothing in it is free, a later pass commits it as it is. A block
+        # of a single token is the AR side's, in one step, whatever the sampler.
+        run.next_block()
+        n_free = run.free().sum()
+        if n_free > 0:
+            sampler = "ar" if run.end - run.begin == 1 else o.sampler
+            FILL[sampler](run)
+            if run.free().sum() == n_free:
+                raise RuntimeError(f"the sampler {sampler} has decided no token of a block")
+
+        # A row that has ended needs nothing more.
         run.decided |= run.ends().any(1, keepdim=True)
-        decided = ~run.free().any(0)  # (n,) in every row: the next block begins after them
+
+        # The next block begins at the first token that some row lacks.
+        decided = ~run.free().any(0)  # (n,) in every row
         run.begin += int(decided.cumprod(0).sum())
+
+    # Fill up what is behind the end of a row.
     ends = run.ends()
     ended = ends.cumsum(1) > ends  # after the first end token
     tokens = run.tokens.masked_fill(ended, stop)
@@ -107,9 +128,7 @@ class Run:
     def __init__(self, model, options, given, stop, first_row, watch):
         n, length = given.shape
         self.model, self.options = model, options
-        self.temperature = max(options.temperature, 1e-9)  # 0 is greedy
         self.block_size = 1 if options.sampler == "ar" else options.block_size
-        self.cache = model.new_cache(n, length)
         self.given = given >= 0  # (N, L)
         self.decided = self.given.clone()  # (N, L) given or written
         self.tokens = given.clamp(min=0)  # (N, L), final where decided, up to a row's end
@@ -117,6 +136,20 @@ class Run:
         self.rows = torch.arange(first_row, first_row + n)  # (N,)
         self.watch = watch or (lambda *_: None)
         self.begin = self.end = self.nfe = 0
+        self.window = 0  # where the context begins, and the cache with it
+        self.cache = model.new_cache(n, min(length, model.config.seq_len))
+
+    def next_block(self):
+        """Choose the end of the block that begins at `begin`: it stays within the length and within
+        the context, the seq_len tokens from `window` on. When those are all decided, the context
+        moves on and keeps the last half. (To keep more gives tokens more context, and computes
+        keys and values anew more often.)"""
+        seq_len = self.model.config.seq_len
+        if self.begin == self.window + seq_len:
+            self.window = self.begin - seq_len // 2
+            self.cache = self.model.new_cache(len(self.rows))
+        limit = min(self.window + seq_len, self.tokens.shape[1])
+        self.end = min(self.begin + self.block_size, limit)
 
     def free(self):
         """Where the block is not decided, (N, n)."""
@@ -130,9 +163,8 @@ class Run:
 
     def prior(self, purpose, step=0):
         """A block of pure noise: tokens (N, n)."""
-        noise = self.model.noise
-        u = self.random(purpose, step) if noise.mask is None else None  # masks need none
-        return noise.prior((len(self.rows), self.end - self.begin), self.tokens.device, u)
+        u = self.random(purpose, step)
+        return self.model.noise.prior(u.shape, u.device, u)
 
     def noisy_block(self):
         """The tokens that are decided, noise between them: (N, n)."""
@@ -140,73 +172,79 @@ class Run:
         return torch.where(self.free(), self.prior(PRIOR), tokens)
 
     def denoise(self, xt):
-        """Logits of the block xt (N, n). The same pass commits what stands before the block."""
+        """Logits (N, n, V) of the block xt (N, n). The same pass commits what stands before it."""
         self.nfe += 1
-        commit = self.tokens[:, self.cache.length : self.begin]
-        logits = self.model.denoise(xt, self.cache, commit, self.block_size)
-        return logits.float() / self.temperature
+        commit = self.tokens[:, self.window + self.cache.length : self.begin]
+        return self.model.denoise(xt, self.cache, commit, self.block_size).float()
 
     def verify(self, x, step=0):
-        """AR logits of the block of proposed tokens x (N, n). Raises ValueError."""
-        config = self.model.config
-        if not config.token_causal:
-            raise ValueError("this model's clean tokens are block-causal: its AR side has no cache")
+        """AR logits (N, n, V) of the block of proposed tokens x (N, n). Raises UserError."""
+        if not self.model.config.token_causal:
+            raise UserError("this model's clean tokens are block-causal: its AR side has no cache")
         self.nfe += 1
-        noise = self.prior(VERIFY, step) if config.ar == "paper" else None  # else it is not read
-        logits = self.model.verify(x, self.cache, noise)
-        return logits.float() / self.temperature
+        noise = self.prior(VERIFY, step)  # read under ar="paper" alone
+        return self.model.verify(x, self.cache, noise).float()
 
-    def distribution(self, logits):
-        """What tokens are drawn from, (N, n, V): the likeliest k, or all."""
+    def law(self, logits):
+        """What tokens are drawn from, (N, n, V): the model's distribution at the temperature, and
+        of that the k likeliest tokens."""
+        logits = logits / max(self.options.temperature, 1e-9)  # 0 is greedy
         if self.options.top_k:
-            k = min(self.options.top_k, logits.shape[-1])
-            top = logits.topk(k).values
-            logits = logits.masked_fill(logits < top[..., -1:], float("-inf"))
+            top = logits.topk(min(self.options.top_k, logits.shape[-1]))
+            nothing = torch.full_like(logits, float("-inf"))
+            logits = nothing.scatter(-1, top.indices, top.values)
         return logits.softmax(-1)
 
-    def keep(self, x, where):
-        """Write the tokens x (N, n) where they are decided now."""
+    def write(self, x, where):
+        """Write the tokens x (N, n) of the block, which are final at these places (N, n)."""
         block = slice(self.begin, self.end)
         self.tokens[:, block] = x
         self.decided[:, block] |= where
 
     def ends(self):
-        """(N, L) True at written end tokens after which nothing is given: those end a row. A
-        prompt's own do not."""
+        """(N, L) True at written end tokens after which nothing is given: those end a row."""
         given_from_here = self.given.flip(1).cumsum(1).flip(1) > 0
         return (self.tokens == self.stop) & self.decided & ~given_from_here
 
 
 # ----------------------------------------------------------------------------------------------
-# Filling one block
+# Filling one block. Temperature and top_k shape what is drawn, by run.law; scores and confidence
+# are of the model's own distribution, so that they say something at temperature 0 too. (The
+# authors' samplers divide the logits by the temperature before they score.)
 
 
 def fill_by_steps(run):
     """Ancestral sampling: reverse steps from pure noise; a block of one token takes a single step.
+
     Under ARPC (arXiv 2606.02241) all steps but the last are guided, or those that the options say:
     such a step goes all the way, to a proposal for the whole block, and sends the tokens that score
-    worst back to noise, as many as are noise at the next level."""
+    worst back to noise, as many as are noise at the next level. That is, of n tokens in the block
+    max(1, round((1 - alpha) n)), where Python rounds halves to the even number. (The authors round
+    the same with an alpha that ends at 1e-3, so their halves are always rounded down.)"""
     o, free = run.options, run.free()
-    steps = o.steps if free.shape[1] > 1 else 1
+    n = free.shape[1]
+    steps = o.steps if n > 1 else 1
     t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
-    alpha = SCHEDULES[run.model.config.schedule](t)[0].tolist()
+    alpha = SCHEDULES[run.model.config.schedule](t)[0].tolist()  # from 0 to 1
     xt = run.noisy_block()
     for k in range(steps):
+        # Predict the clean block, and step to the next noise level or to a proposal.
         guided = o.sampler == "arpc" and k in range(o.warmup, steps - 1, o.guide_every)
-        logits = run.denoise(xt)
-        probs = run.distribution(logits)
         alpha_s = 1.0 if guided else alpha[k + 1]
+        logits = run.denoise(xt)
+        probs = run.law(logits)
         x = run.model.noise.step(probs, xt, alpha_s, alpha[k], run.random(REVEAL, k))
         x = torch.where(free, x, xt)
+
+        # Send the worst tokens of a proposal back to noise.
         sent_back = torch.zeros_like(free)
         if guided:
-            noisy_share = 1 - alpha[k + 1]
-            count = max(1, round(noisy_share * free.shape[1]))
-            score = arpc_score(run, x, xt, logits, k)
+            count = max(1, round((1 - alpha[k + 1]) * n))
+            score = CRITERIA[o.criterion](Proposal(run, x, xt, logits, k))
             sent_back = highest(score, free, count)
         run.watch(run, xt, x, sent_back)
-        xt = torch.where(sent_back, run.prior(RENOISE, k + 1), x) if guided else x
-    run.keep(xt, free)
+        xt = torch.where(sent_back, run.prior(RENOISE, k + 1), x)
+    run.write(xt, free)
 
 
 def highest(score, free, count):
@@ -217,43 +255,103 @@ def highest(score, free, count):
     return (rank < count) & free
 
 
-def arpc_score(run, x, xt, logits, step):
-    """How bad each token of a proposal x (N, n), made from xt, is by ARPC's criterion.
+def fill_by_confidence(run):
+    """Each pass writes the tokens whose probability exceeds the threshold, at least the likeliest
+    (SDAR, arXiv 2510.06303; Fast-dLLM). The probability is the model's own of the token drawn."""
+    xt, k = run.noisy_block(), 0
+    while run.free().any():
+        free = run.free()
+        logits = run.denoise(xt)
+        x = draw(run.law(logits), run.random(REVEAL, k))
+        confidence = at_index(logits.softmax(-1), x)  # (N, n)
+        sure = free & (confidence > run.options.threshold)
+        sure = sure | highest(confidence, free, 1)
+        x = torch.where(sure, x, xt)
+        run.watch(run, xt, x, torch.zeros_like(free))
+        run.write(x, sure)
+        xt, k = x, k + 1
 
-    The AR side has ar_nll, -log p_AR(token); ar_gap, how far that is from the likeliest token's;
-    ar_entropy. The diffusion side has entropy; how sure it was (confidence); how far ahead of its
-    second choice (margin). kld, KL(AR || diffusion), reverse_kld and tvd compare the two sides.
 
-    With masked noise the diffusion distribution of a token that was revealed before this step is a
-    point mass. There kld is infinite, and reverse_kld, -log p_AR(token), takes its place."""
-    criterion = run.options.criterion
-    if criterion == "random":
-        return run.random(ACCEPT, step)
-    if criterion in AR_CRITERIA:
-        ar = run.verify(x, step).log_softmax(-1)  # (N, n, V)
-        nll = -pick(ar, x)
-    if criterion == "ar_nll":
-        return nll
-    if criterion == "ar_gap":
-        return ar.amax(-1) + nll
-    if criterion == "ar_entropy":
-        return entropy(ar)
-    noisy = run.model.noise.scored(xt)
-    diffusion = logits.log_softmax(-1)
-    point_mass = 1e4 * (F.one_hot(x, logits.shape[-1]) - 1.0)  # its logarithm: 0 at x
-    diffusion = torch.where(noisy[..., None], diffusion, point_mass)
-    if criterion == "kld":
-        return torch.where(noisy, divergence(ar, diffusion), nll)
-    if criterion == "reverse_kld":
-        return divergence(diffusion, ar)
-    if criterion == "tvd":
-        difference = ar.exp() - diffusion.exp()
-        return difference.abs().sum(-1) / 2
-    if criterion == "diffusion_entropy":
-        return entropy(diffusion)
-    top = diffusion.exp().topk(2, -1).values  # (N, n, 2)
-    likeliest, second = top.unbind(-1)
-    return second - likeliest if criterion == "diffusion_margin" else -likeliest
+def fill_by_draft(run):
+    """Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192): diffusion drafts in one pass,
+    the AR side verifies in one, and what comes out is exactly an AR sample, at this temperature
+    and top_k. Nothing is decided behind the first rejection: the next block begins at the first
+    token that some row lacks."""
+    free = run.free()
+
+    # Draft x ~ q.
+    xt = run.noisy_block()
+    q = run.law(run.denoise(xt))  # (N, n, V)
+    x = torch.where(free, draw(q, run.random(REVEAL)), xt)
+
+    # Accept each token with probability min(1, p(x) / q(x)), up to the first rejection.
+    p = run.law(run.verify(x))  # (N, n, V)
+    ratio = at_index(p, x) / at_index(q, x)
+    likely = run.random(ACCEPT) < ratio
+    accepted = (~free | likely).cumprod(1)  # (N, n) 1 up to the first rejection
+    n_accepted = accepted.sum(1, keepdim=True)  # (N, 1)
+
+    # In place of the first token that is rejected, draw from (p - q)+.
+    rejected = torch.arange(free.shape[1], device=x.device) == n_accepted  # (N, n)
+    replacement = draw((p - q).clamp(min=0), run.random(RESIDUAL))
+    x = torch.where(rejected, replacement, x)
+    written = accepted.bool() | rejected
+    run.watch(run, xt, x, ~written & free)
+    run.write(x, written)
+
+    # The cache has one length for all rows: it takes what all of them have accepted.
+    run.cache.accept(int(n_accepted.min()))
+
+
+# To add a sampler: write a function that fills a block, and name it here.
+FILL = {
+    "ancestral": fill_by_steps,
+    "ar": fill_by_steps,  # its blocks are single tokens
+    "arpc": fill_by_steps,
+    "confidence": fill_by_confidence,
+    "speculative": fill_by_draft,
+}
+
+
+# ----------------------------------------------------------------------------------------------
+# The criteria of ARPC: how bad each token of a proposal is
+
+
+class Proposal:
+    """What a criterion may ask about a proposal x (N, n), which a step made from xt (N, n)."""
+
+    def __init__(self, run, x, xt, logits, step):
+        self.run, self.x, self.step = run, x, step
+        self.maybe_noise = run.model.noise.maybe_noise(xt)  # (N, n)
+        # With masked noise a token that was revealed before this step is sure on the diffusion
+        # side: the logarithm is 0 at x, and elsewhere so low that its exponential is 0.
+        point_mass = 1e4 * (F.one_hot(x, logits.shape[-1]) - 1.0)
+        predicted = logits.log_softmax(-1)
+        self.diffusion = torch.where(self.maybe_noise[..., None], predicted, point_mass)
+
+    @cached_property
+    def ar(self):
+        """log p_AR (N, n, V): a network pass, made when a criterion first asks."""
+        return self.run.verify(self.x, self.step).log_softmax(-1)
+
+
+def ar_nll(proposal):
+    """-log p_AR(x), nats (N, n)."""
+    return -at_index(proposal.ar, proposal.x)
+
+
+def kld(proposal):
+    """KL(AR || diffusion), nats (N, n). It would be infinite at revealed tokens, where the AR
+    side's -log p_AR(x) takes its place. (The authors add an epsilon, by which such tokens score
+    about 25 nats and are always the first to go back.)"""
+    divergences = divergence(proposal.ar, proposal.diffusion)
+    return torch.where(proposal.maybe_noise, divergences, ar_nll(proposal))
+
+
+def margin(logp):
+    """How far the likeliest token is ahead of the second, from (..., V) to (...)."""
+    likeliest, second = logp.exp().topk(2, -1).values.unbind(-1)
+    return likeliest - second
 
 
 def divergence(logp, logq):
@@ -266,56 +364,224 @@ def entropy(logp):
     return -(logp.exp() * logp).sum(-1)
 
 
-def fill_by_confidence(run):
-    """Each pass keeps the tokens whose probability exceeds the threshold, at least the likeliest
-    (SDAR, arXiv 2510.06303; Fast-dLLM)."""
-    xt, k = run.noisy_block(), 0
-    while run.free().any():
-        free = run.free()
-        probs = run.distribution(run.denoise(xt))
-        x = draw(probs, run.random(REVEAL, k))
-        confidence = pick(probs, x).masked_fill(~free, -1)  # (N, n)
-        likeliest = F.one_hot(confidence.argmax(-1), free.shape[1]).bool()
-        sure = likeliest | (confidence > run.options.threshold)
-        sure = sure & free
-        x = torch.where(sure, x, xt)
-        run.watch(run, xt, x, torch.zeros_like(free))
-        run.keep(x, sure)
-        xt, k = x, k + 1
-
-
-def fill_by_draft(run):
-    """Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192): diffusion drafts in one pass,
-    the AR side verifies in one, and what comes out is exactly an AR sample. Keep x ~ q with
-    probability min(1, p(x) / q(x)); at the first rejection draw from (p - q)+. After it nothing is
-    decided: the next block begins at the first token that some row lacks."""
-    free = run.free()
-    xt = run.noisy_block()
-    q = run.distribution(run.denoise(xt))  # (N, n, V)
-    draft = draw(q, run.random(REVEAL))
-    x = torch.where(free, draft, xt)
-    p = run.distribution(run.verify(x))
-    ratio = pick(p, x) / pick(q, x)
-    likely = run.random(ACCEPT) < ratio
-    accepted = (~free | likely).cumprod(1)  # (N, n) 1 up to the first rejection
-    n_accepted = accepted.sum(1, keepdim=True)  # (N, 1)
-    rejected = torch.arange(free.shape[1], device=x.device) == n_accepted  # (N, n) the first one
-    replacement = draw((p - q).clamp(min=0), run.random(RESIDUAL))
-    x = torch.where(rejected, replacement, x)
-    kept = accepted.bool() | rejected
-    run.watch(run, xt, x, ~kept & free)
-    run.keep(x, kept)
-    # The verifying pass wrote the keys of what every row accepted. At least one token is left to
-    # the next pass, which needs its state.
-    run.cache.length += min(int(n_accepted.min()), free.shape[1] - 1)
-
-
-FILL = {  # the blocks of "ar" are single tokens, which all samplers fill by one step
-    "ancestral": fill_by_steps,
-    "arpc": fill_by_steps,
-    "confidence": fill_by_confidence,
-    "speculative": fill_by_draft,
+# To add a criterion: a function from a proposal to scores (N, n), the worst highest. The first
+# three compare the two sides, the others ask one; random asks none.
+CRITERIA = {
+    "kld": kld,
+    "reverse_kld": lambda p: divergence(p.diffusion, p.ar),
+    "tvd": lambda p: (p.ar.exp() - p.diffusion.exp()).abs().sum(-1) / 2,
+    "ar_nll": ar_nll,
+    "ar_gap": lambda p: p.ar.amax(-1) + ar_nll(p),  # nats to the likeliest token
+    "ar_entropy": lambda p: entropy(p.ar),
+    "diffusion_entropy": lambda p: entropy(p.diffusion),
+    "diffusion_confidence": lambda p: -p.diffusion.amax(-1).exp(),
+    "diffusion_margin": lambda p: -margin(p.diffusion),
+    "random": lambda p: p.run.random(ACCEPT, p.step),
 }
+
+
+def check_at_least(settings, **bounds):
+    """Raise UserError where a field of a dataclass is below its bound, or not a number."""
+    for name, bound in bounds.items():
+        value = getattr(settings, name)
+        if not value >= bound:
+            raise UserError(f"{name} is {value}, but must be at least {bound}")
+
+
+@dataclass
+class Options:
+    """How to sample: the keyword arguments of generate(), and flags."""
+
+    sampler: Literal[tuple(FILL)] = "ancestral"  # how a block is filled
+    block_size: int = 16  # tokens per block; the length if that is less
+    steps: int = 16  # ancestral, arpc: reverse steps per block
+    criterion: Literal[tuple(CRITERIA)] = "ar_nll"  # arpc: score of tokens (the paper: kld on text)
+    warmup: int = 0  # arpc: steps of a block before guidance sets in
+    guide_every: int = 1  # arpc: steps from one guided step to the next
+    threshold: float = 0.9  # confidence: tokens whose probability is above this are written
+    temperature: float = 1.0  # temperature of what tokens are drawn from; 0 is greedy
+    top_k: int = 0  # draw from the k likeliest tokens only; 0: from all
+    seed: int = 0  # seed of everything random
+
+    def __post_init__(self):
+        check_choices(self)
+        check_at_least(self, block_size=1, steps=1, warmup=0, guide_every=1)
+        check_at_least(self, threshold=0, temperature=0, top_k=0, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------
+# Generative perplexity: how likely a judge finds a text
+
+
+class Judge(NamedTuple):
+    """An autoregressive model that reads text."""
+
+    encode: Callable  # text -> tokens
+    decode: Callable  # tokens -> text
+    start: int  # the token that begins a text
+    end: int  # the token that ends a text
+    longest: int  # tokens that it reads at a time
+    device: torch.device
+    logits: Callable  # tokens (1, L) -> logits (1, L - 1, V) of all but the first
+
+
+def own_judge(model, content):
+    """The AR side of a checkpoint of ours, by its exact likelihood. (Under ar="paper" with random
+    tokens as noise it depends on those, and its average is a bound.)"""
+
+    def logits(tokens):
+        u = random_numbers((0, JUDGE, 0, 0), [0], tokens.shape[1]).to(tokens.device)
+        noise = model.noise.prior(u.shape, u.device, u)
+        return model.verify(tokens, model.new_cache(1), noise)[:, 1:]
+
+    tokenizer = content["meta"]["tokenizer"]
+    end = tokenizer["end"]
+    start = tokenizer.get("start", end)
+    longest = model.config.seq_len
+    return Judge(*load_tokenizer(tokenizer), start, end, longest, model.device, logits)
+
+
+def transformers_judge(name, device):
+    """A causal language model of the package transformers, by its name or folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+
+    def logits(tokens):
+        return model(tokens).logits[:, :-1]
+
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    longest = model.config.max_position_embeddings
+    return Judge(encode, decode, start, end, longest, device, logits)
+
+
+def load_judge(path, device):
+    """A judge from the path of a checkpoint of ours, or else from a name or folder of a model for
+    transformers."""
+    if os.path.isfile(path) or path.endswith(".pt"):
+        return own_judge(*load_checkpoint(path, device))
+    return transformers_judge(path, device)
+
+
+@torch.no_grad()
+def read_by(judge, text, began, ended):
+    """What a judge finds of a text: (nats, the tokens and the bytes that they are for).
+
+    As in the literature (the authors' metrics.py, record_generative_perplexity): the text is
+    tokenized again by the judge, cut to what that reads at a time, and its first token is free of
+    charge. The tokens count up to and including the first end token: began and ended say whether
+    the sample has a start token before the text and an end token after it; the judge then reads
+    its own ones there. (Theirs goes on after the first end token; our rows end there.)"""
+    tokens = [judge.start] * began + judge.encode(text) + [judge.end] * ended
+    tokens = tokens[: judge.longest]
+    if len(tokens) < 2:
+        return 0.0, 0, 0
+    x = torch.tensor([tokens], device=judge.device)
+    nats = cross_entropy(judge.logits(x), x[:, 1:]).sum().item()
+    read = judge.decode([token for token in tokens[1:] if token != judge.end])
+    return nats, len(tokens) - 1, len(read.encode())
+
+
+# ----------------------------------------------------------------------------------------------
+# What is to be written, and how good it is
+
+
+def text_row(flags, tokenizer, encode):
+    """The tokens of --prompt or --template, -1 where free."""
+    row = [tokenizer["start"]] if "start" in tokenizer else []
+    # the parts of a template are in turn a text and the number of tokens of a hole
+    parts = HOLE.split(flags.template) if flags.template else [flags.prompt]
+    for i, part in enumerate(parts):
+        row += [-1] * int(part) if i % 2 else encode(part)
+    return row
+
+
+def choose_problems(flags, content):
+    """The problems, (question, answer) texts, that the flags ask for; none if they ask for texts.
+    Raises UserError."""
+    if flags.prompt or flags.template or not (flags.table or flags.problem >= 0):
+        return []
+    args = content["args"]
+    name = flags.dataset or args.get("dataset")
+    folder = f"{flags.data_dir or args.get('data_dir', 'data')}/{name}"
+    meta = open_data(folder)[2] if flags.dataset else content["meta"]
+    if flags.problem < 0 and "row_length" not in meta:
+        return []
+    if not name:
+        raise UserError("this model has no dataset of its own: say --dataset=NAME")
+    problems = open_problems(folder)
+    chosen = range(flags.num_samples) if flags.table else [flags.problem] * flags.num_samples
+    if max(chosen) >= len(problems):
+        raise UserError(f"there are {len(problems)} problems: 0 to {len(problems) - 1}")
+    return [problems[i] for i in chosen]
+
+
+class Task:
+    """What is to be written: answers to problems, or else texts. A question that does not fit is
+    cut and gets no answer, which is wrong."""
+
+    def __init__(self, flags, content):
+        tokenizer = content["meta"]["tokenizer"]
+        encode, self.decode = load_tokenizer(tokenizer)
+        self.stop = tokenizer["end"]
+        self.problems = choose_problems(flags, content)
+        length = flags.length or content["config"].seq_len
+        if self.problems:
+            rows = [encode_problem(tokenizer, encode, problem[0])[0] for problem in self.problems]
+            self.begins = [len(row) for row in rows]  # where what counts begins
+            n_long = sum(begin >= length for begin in self.begins)
+            if n_long == len(rows):
+                raise UserError(f"no question leaves room in {length} tokens: say --length=NUMBER")
+            self.quality = "share solved"
+            self.heading = f"{len(rows)} problems, {n_long} too long and counted as wrong"
+        else:
+            row = text_row(flags, tokenizer, encode)
+            if flags.template and not flags.length:
+                length = len(row)
+            n = len(row)
+            if n > length:
+                raise UserError(f"the prompt has {n} tokens: say --length={n} or more")
+            rows = [row] * flags.num_samples
+            self.begins = ["start" in tokenizer] * len(rows)
+            self.quality = "perplexity"
+            self.heading = f"{len(rows)} samples, judge: {flags.judge or 'its own AR side'}"
+        padded = [(row + [-1] * length)[:length] for row in rows]
+        self.given = torch.tensor(padded)  # (M, length)
+
+    def what_counts(self, i, row):
+        """Of row i, a list of tokens, what counts: the answer or the text, prompt included, up to
+        and including its first end token."""
+        row = row[self.begins[i] :]
+        return row[: row.index(self.stop) + 1] if self.stop in row else row
+
+    def text(self, tokens):
+        return self.decode([token for token in tokens if token != self.stop])
+
+    def grade(self, i, tokens, judge):
+        """Of what counts of row i: (1 or 0, 1, 0) by the answer, or the nats of a text, with the
+        tokens and the bytes that they are for."""
+        text = self.text(tokens)
+        if self.problems:
+            return is_right(text, self.problems[i][1]), 1, 0
+        return read_by(judge, text, self.begins[i], tokens[-1:] == [self.stop])
+
+    def show(self, i, row):
+        if not self.problems:
+            return self.text(row[self.begins[i] :])
+        answer = self.text(self.what_counts(i, row))
+        question, reference = self.problems[i]
+        verdict = "right" if is_right(answer, reference) else "wrong"
+        return f"{question}\n{answer}= {solve(answer)}, {verdict}"
+
+
+def in_batches(model, given, size, options):
+    """generate() for all rows of given, some at a time: yields (rows as lists, stats)."""
+    for i, part in enumerate(given.split(size)):
+        tokens, stats = generate(model, *part.shape, given=part, first_row=i * size, **options)
+        yield tokens.tolist(), stats
 
 
 # ----------------------------------------------------------------------------------------------
@@ -331,89 +597,106 @@ GRID += [
 ]
 
 
-def in_batches(model, given, size, options):
-    """generate() for all rows of given, some at a time: yields (tokens on the CPU, stats)."""
-    for i, part in enumerate(given.split(size)):
-        tokens, stats = generate(model, *part.shape, given=part, first_row=i * size, **options)
-        yield tokens.cpu(), stats
+def token_entropy(tokens):
+    """The entropy of the tokens of one sample, nats: low after a collapse."""
+    counts = torch.tensor(tokens).unique(return_counts=True)[1]
+    return torch.special.entr(counts / len(tokens)).sum().item()
 
 
-def make_judge(decode, train, problems):
-    """A function of i and sample i (a list of tokens): what share of it is right. A problem counts
-    1 or 0, by its answer; of a text it is the share of words that the training text has."""
-    if problems is not None:
-        answers = [decode(row).split(END)[1] for row in problems.tolist()]
-        return lambda i, tokens: is_right(decode(tokens).split(END)[1], answers[i])
-    known = set(re.findall(r"[A-Za-z]+", decode(train[:10_000_000].tolist())))
-
-    def known_words(i, tokens):
-        words = re.findall(r"[A-Za-z]+", decode(tokens))[1:-1]  # the outer ones may be cut
-        return sum(word in known for word in words) / max(1, len(words))
-
-    return known_words
-
-
-def print_table(model, given, judge, size, options):
-    """For every sampler of GRID: network passes per batch, quality with its standard error, entropy
-    of the tokens (low after a collapse). Returns the curves of a plot."""
-    print("sampler                       passes   quality ± s.e.  nats")
+def print_table(model, task, judge, size, options):
+    """For every sampler of GRID: network passes per batch; the share of problems solved, or the
+    perplexity of the texts, with its standard error; the entropy of the tokens of a sample, mean
+    over samples; of texts bits per byte, too. Returns the curves of a plot, {name: [(passes,
+    quality, error), ...]}."""
+    unit = "" if task.problems else "  bits/byte"
+    print(f"sampler                       passes {task.quality:>11} ± s.e.   nats{unit}")
     curves = {}
     for special in GRID:
-        batches = in_batches(model, given, size, {**options, **special})
-        tokens, stats = zip(*batches)
-        tokens = torch.cat(tokens)
-        passes = np.mean([each["nfe"] for each in stats])
-        each = [judge(i, row) for i, row in enumerate(tokens.tolist())]
-        quality, error = np.mean(each), np.std(each) / len(each) ** 0.5
-        written = tokens[(given < 0) & (tokens != options["stop"])]
-        frequency = torch.bincount(written) / len(written)
-        nats = torch.special.entr(frequency).sum()
+        # Sample and judge.
+        samples, passes = [], []
+        for rows, stats in in_batches(model, task.given, size, {**options, **special}):
+            samples += rows
+            passes.append(stats["nfe"])
+        samples = [task.what_counts(i, row) for i, row in enumerate(samples)]
+        grades = [task.grade(i, tokens, judge) for i, tokens in enumerate(samples)]
+
+        # The mean, and its standard error as that of a ratio of sums, to first order.
+        values, weights, n_bytes = torch.tensor(grades, dtype=torch.float64).T
+        quality = values.sum() / weights.sum()
+        error = (values - quality * weights).norm() / weights.sum()
+        bits = ""
+        if not task.problems:
+            bits = values.sum() / n_bytes.sum() / math.log(2)
+            bits = f"{bits:11.3f}"
+            quality = quality.exp()
+            error = error * quality
+
         name = " ".join(map(str, special.values()))
-        print(f"{name:28} {passes:7.1f} {quality:9.3f} {error:6.3f} {nats:5.2f}", flush=True)
+        nats = mean(map(token_entropy, samples))
+        figures = f"{mean(passes):7.1f} {quality:11.3f} {error:6.3f} {nats:6.2f}"
+        print(f"{name:28} {figures}{bits}", flush=True)
         label = name.rstrip("0123456789. ")  # without the number of steps, or the threshold
-        curves.setdefault(label, []).append((passes, quality, error))
+        point = mean(passes), quality.item(), error.item()
+        curves.setdefault(label, []).append(point)
     return curves
 
 
-def plot(panels, path):
-    """A picture of panels {title: {label: points (x, y, error of y)}}, side by side. Raises
-    ImportError."""
-    import matplotlib.pyplot as plt
+def check_plot(path):
+    """Raise UserError if a picture cannot be written: better before the work than after it."""
+    import matplotlib  # if it is missing, the user hears it now
 
-    size = 5.5 * len(panels), 4
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for panel, (title, curves) in zip(axes[0], panels.items()):
+    folder = os.path.dirname(path) or "."
+    if not os.access(folder, os.W_OK) or not path.endswith((".png", ".pdf", ".svg")):
+        raise UserError(f"--plot={path} must be .png, .pdf or .svg, in a folder to write to")
+
+
+def plot(panels, path):
+    """A picture of panels (title, name of the quality, curves), side by side."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure((4 * len(panels), 4))  # small, so that the letters are large
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, quality, curves) in zip(axes, panels):
         for label, points in curves.items():
-            x, y, error = zip(*points)
-            panel.errorbar(x, y, error, marker="o", label=label)
-        panel.set_xscale("log", base=2)
-        panel.set(title=title, xlabel="network passes", ylabel="share that is right")
-        panel.legend(fontsize=7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+            passes, y, error = zip(*points)
+            axis.errorbar(passes, y, error, marker="o", label=label)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())  # 16 instead of 2^4
+        axis.set(title=title, xlabel="network passes", ylabel=quality)
+    axis.legend(bbox_to_anchor=(1, 1))  # beside the last panel, for all
+    figure.savefig(path, dpi=160, bbox_inches="tight")
 
 
 # ----------------------------------------------------------------------------------------------
 # The command line
 
+HOLE = re.compile(r"\[([1-9]\d*) tokens?\]")
+
 
 @dataclass
 class Flags:
-    ckpt: tuple = ("out/ckpt.pt",)  # the checkpoint; for a table several, with commas between
-    num_samples: int = 1  # how many samples, at least 1
-    batch_size: int = 32  # how many of them at a time, at least 1
-    length: int = 0  # tokens of a text, prompt included, at least 0; 0: the model's seq_len
+    ckpt: tuple = ("out/ckpt.pt",)  # checkpoint or folder of published weights; for a table several
+    num_samples: int = 1  # how many samples
+    batch_size: int = 32  # how many samples at a time
+    length: int = 0  # tokens of a sample, prompt included; 0: the seq_len of the model
     prompt: str = ""  # what a text begins with
-    template: str = ""  # a text with holes: k > 1 underscores are k tokens
-    problem: int = -1  # solve this validation problem of the model's dataset; at least -1: none
+    template: str = ""  # a text with holes such as [3 tokens]
+    problem: int = -1  # solve the validation problem with this number, from 0 on
+    dataset: str = ""  # problem, table: the dataset; by default that of the training
+    data_dir: str = ""  # the folder of the datasets; by default that of the training
     device: str = "auto"  # cpu, cuda, ...; auto: cuda where there is one
     watch: bool = False  # show every step
-    table: bool = False  # no text, but quality against passes for every sampler
-    plot: str = ""  # a table, and this picture of it, PNG (needs matplotlib)
+    table: bool = False  # no samples, but quality against passes for every sampler
+    judge: str = ""  # table of texts: a checkpoint, or a model for transformers such as gpt2-large
+    plot: str = ""  # a table, and a picture of it in this file (needs matplotlib)
 
     def __post_init__(self):
-        check_settings(self)
+        check_at_least(self, num_samples=1, batch_size=1, length=0, problem=-1)
         if (self.prompt != "") + (self.template != "") + (self.problem >= 0) > 1:
-            raise ValueError("--prompt, --template and --problem exclude each other")
+            raise UserError("--prompt, --template and --problem exclude each other")
+        if self.template and not HOLE.search(self.template):
+            raise UserError('--template needs a hole, "[1 token]" or "[2 tokens]" and so on')
         self.table |= self.plot != ""
 
 
@@ -436,69 +719,25 @@ def make_watcher(decode, color):
     return watch
 
 
-def read_given(flags, encode, tokenizer, longest):
-    """Given tokens (num_samples, length) of --prompt or --template, -1 where free."""
-    parts = re.split(r"(_{2,})", flags.template) if flags.template else [flags.prompt]
-    text = [tokenizer["start"]] if "start" in tokenizer else []
-    for i, part in enumerate(parts):  # every second one is a hole
-        text += [-1] * len(part) if i % 2 else encode(part)
-    length = flags.length or (len(text) if flags.template else longest)
-    if len(text) > length:
-        raise ValueError(f"the prompt has {len(text)} tokens, more than the {length} to write")
-    text += [-1] * (length - len(text))
-    return torch.tensor(text).repeat(flags.num_samples, 1)
-
-
-def choose_problems(rows, meta, flags):
-    """The problems, (N, L) tokens, of a table or of --problem. Raises ValueError."""
-    rows = rows.reshape(-1, meta["row_length"])
-    chosen = range(flags.num_samples) if flags.table else [flags.problem] * flags.num_samples
-    if max(chosen) >= len(rows):
-        raise ValueError(f"there are {len(rows)} validation problems: 0 to {len(rows) - 1}")
-    return torch.from_numpy(rows[list(chosen)].astype(np.int64))
-
-
 def sample(path, flags, options):
-    """What the flags ask of one checkpoint. Returns (title, the curves of a plot) of a table."""
-    model, content = load_checkpoint(path, find_device(flags.device))
-    tokenizer = content["meta"]["tokenizer"]
-    encode, decode = load_tokenizer(tokenizer)
-    stop = tokenizer["end"]
-    options = dict(options, stop=stop)
-    given = read_given(flags, encode, tokenizer, model.config.seq_len)
-    problems = judge = None
-    if flags.table or flags.problem >= 0:
-        args = content["args"]
-        if not args:
-            raise ValueError(f"{path} was converted: it has no dataset to judge samples by")
-        folder = f"{args['data_dir']}/{args['dataset']}"
-        train, val, meta = open_data(folder)
-        check_tokenizer(content["meta"], meta)
-        if "row_length" in meta:
-            problems = choose_problems(val, meta, flags)
-            given = problems.where(is_question(problems, stop), -1)
-        elif flags.problem >= 0:
-            raise ValueError(f"{folder} has no problems")
-        judge = make_judge(decode, train, problems)
+    """What the flags ask of one checkpoint. Of a table, returns a panel of a plot: (title, name of
+    the quality, curves)."""
+    device = find_device(flags.device)
+    model, content = load_checkpoint(path, device)
+    task = Task(flags, content)
+    options = dict(options, stop=task.stop)
     if flags.table:
-        title = f"{path}, {model.config.noise} noise"
-        print(f"\n{title}, {len(given)} samples")
-        return title, print_table(model, given, judge, flags.batch_size, options)
-
-    def show(i, tokens):
-        if problems is None:
-            while tokens and tokens[-1] == stop:
-                tokens.pop()
-            return decode(tokens)
-        question, answer = decode(tokens).split(END)[:2]
-        verdict = "right" if judge(i, tokens) else "wrong"
-        return f"{question}\n{answer}= {solve(answer)}, {verdict}"
+        run_name = os.path.basename(path.removesuffix("/ckpt.pt"))
+        title = f"{run_name}: {model.config.noise} noise"
+        judge = load_judge(flags.judge, device) if flags.judge else own_judge(model, content)
+        print(f"\n{title}, {task.heading}")
+        return title, task.quality, print_table(model, task, judge, flags.batch_size, options)
 
     if flags.watch:
-        options["watch"] = make_watcher(decode, sys.stdout.isatty())
-    for tokens, stats in in_batches(model, given, flags.batch_size, options):
-        for i, row in enumerate(tokens.tolist()):
-            print(show(i, row), "-" * 80, sep="\n")
+        options["watch"] = make_watcher(task.decode, sys.stdout.isatty())
+    for rows, stats in in_batches(model, task.given, flags.batch_size, options):
+        for i, row in enumerate(rows):  # all of the same problem or prompt
+            print(task.show(i, row), "-" * 80, sep="\n")
         print(", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
 
 
@@ -507,11 +746,10 @@ def main():
     flags = from_values(Flags, values)
     options = vars(from_values(Options, values))
     if flags.plot:
-        import matplotlib.pyplot  # if it is missing, the user hears it before the work
-
-    tables = [sample(path, flags, options) for path in flags.ckpt]
+        check_plot(flags.plot)
+    panels = [sample(path, flags, options) for path in flags.ckpt]
     if flags.plot:
-        plot(dict(tables), flags.plot)
+        plot(panels, flags.plot)
 
 
 if __name__ == "__main__":

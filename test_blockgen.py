@@ -4,71 +4,76 @@ enumerate; and that the scripts do what their users expect.
     python -m pytest -q test_blockgen.py
 """
 import copy
+import fcntl
 import itertools
 import json
 import math
 import os
+import random
 import re
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import tracemalloc
+import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
+from unittest.mock import MagicMock
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on CPU tensors
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
+import prepare_data  # first: it sets an option that torch reads when it is loaded
 import blockgen
 import kernels
-import prepare_data
 import sample
 import train
+import torch
+import torch.nn.functional as F
 from blockgen import (
-    NOISES,
-    SCHEDULES,
+    Batch,
     BlockGen,
     Config,
+    NOISES,
+    SCHEDULES,
+    UserError,
     draw,
-    load_checkpoint,
-    pick,
     random_numbers,
     read_checkpoint,
-    save_checkpoint,
 )
 from prepare_data import (
     END,
-    check_settings,
-    from_values,
+    is_answer,
     is_question,
     is_right,
     load_tokenizer,
     make_tokenizer,
     math_problems,
     open_data,
+    open_problems,
     parse_flags,
-    part_of,
     prepare,
     solve,
 )
-from sample import AR_CRITERIA, CRITERIA, FILL, generate
-from train import draw_noise
+from sample import CRITERIA, FILL, generate
 
 torch.set_num_threads(1)  # faster for models of this size
-HERE = os.path.dirname(os.path.abspath(__file__))
-
+HERE = os.path.dirname(os.path.abspath(blockgen.__file__))
 DOUBLE = torch.float64
-SAMPLERS = ["ar", *FILL]
 
 BOTH = pytest.mark.parametrize("ar", ["paper", "shift"])
-EACH_NOISE = pytest.mark.parametrize("noise", NOISES)
+EACH_NOISE = pytest.mark.parametrize("noise", ["masked", "uniform", "hybrid30"])
 EACH_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES)
-EACH_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
 EACH_AR_AND_CACHE = pytest.mark.parametrize(
     "token_causal, ar",
     [
@@ -77,7 +82,6 @@ EACH_AR_AND_CACHE = pytest.mark.parametrize(
         (True, "shift"),
     ],
 )
-NAN_CACHE = pytest.mark.usefixtures("nan_cache")
 
 
 def tiny(noise="masked", seed=0, **more):
@@ -92,8 +96,7 @@ def tiny(noise="masked", seed=0, **more):
         noise=noise,
         noisy_gain=0.7,
     )
-    config = Config(**{**settings, **more})
-    model = BlockGen(config).eval()
+    model = BlockGen(Config(**{**settings, **more})).eval()
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.3)
@@ -139,17 +142,36 @@ def nan_cache(monkeypatch):
     monkeypatch.setattr(blockgen, "Cache", NanCache)
 
 
+NAN_CACHE = pytest.mark.usefixtures("nan_cache")
+
+
+def call(module, *flags):
+    """Run a script's main() with these flags."""
+    argv, sys.argv = sys.argv, [f"{module.__name__}.py", *flags]
+    try:
+        module.main()
+    finally:
+        sys.argv = argv
+
+
+def refusal(module, *flags):
+    """The line that a script says of flags that it refuses."""
+    with pytest.raises(UserError) as error:
+        call(module, *flags)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
 # ----------------------------------------------------------------------------------------------
-# Random numbers
+# blockgen.py: random numbers
 
 
 def test_random_numbers_depend_on_key_and_row_alone():
     u = random_numbers((3, 0), torch.arange(5), 1000)
-    assert u.shape == (5, 1000)
-    assert u.dtype == DOUBLE
-    assert 0 <= u.min() and u.max() < 1
-    for rows in ([2, 0], [1, 1, 4]):
-        assert torch.equal(u[rows], random_numbers((3, 0), rows, 1000))
+    assert (u.shape, u.dtype) == ((5, 1000), DOUBLE)
+    assert is_uniform(u, 20)
+    assert torch.equal(u[[1, 1, 4]], random_numbers((3, 0), [1, 1, 4], 1000))
     for key in ((4, 0), (3, 1), (0, 3), (3, 0, 2), (9 * 10**18, 0)):
         assert not torch.equal(u, random_numbers(key, torch.arange(5), 1000))
 
@@ -164,46 +186,6 @@ def test_draw_is_the_inverse_cdf_far_into_the_tail():
     edge = 0.5 / (1 + 1e-8)
     in_the_tail = torch.tensor(edge + 0.5e-8, dtype=DOUBLE)
     assert draw(probs, in_the_tail) == 2  # float32 sampling would miss it
-
-
-def test_noise_levels_are_stratified_and_constant_in_a_block():
-    """All blocks of the rows of one size: one level in each of B equal intervals."""
-    key, rows = (5, 0), torch.arange(6)
-    sizes = torch.tensor([4, 4, 4, 4, 21, 1])
-    stratum = torch.tensor([0, 0.25, 0.5, 0.75, 0, 0])
-    t, u = draw_noise(key, rows, stratum, sizes, 21, t_min=0)
-    for x in (t, u):
-        assert x.shape == (6, 21)
-        assert x.dtype == DOUBLE
-    for begin in range(0, 21, 4):
-        block = t[:4, begin : begin + 4]
-        assert (block == block[:, :1]).all()
-    for levels in (t[:4, ::4], t[4, :1], t[5]):  # a level for each block
-        gaps = levels.flatten().sort().values.diff()
-        assert close(gaps * levels.numel(), torch.ones(()), 1e-7)
-    assert (t[4] == t[4, 0]).all()
-
-    scaled, _ = draw_noise(key, rows, stratum, sizes, 21, t_min=0.25)
-    assert close(scaled, 0.25 + 0.75 * t, 1e-12)
-    some = torch.tensor([3, 1])  # a row is the same whichever rows stand beside it
-    noise = draw_noise(key, some, stratum[some], sizes[some], 21, t_min=0)
-    assert torch.equal(noise[0], t[some])
-    assert torch.equal(noise[1], u[some])
-
-
-def test_each_noise_level_is_uniform_and_rows_begin_anywhere():
-    sizes = torch.tensor([4, 4])
-    rows = torch.tensor([6, 7])
-    stratum = torch.tensor([0.0, 0.5])
-    keys = [(5, k) for k in range(2000)]
-    draws = [draw_noise(key, rows, stratum, sizes, 21, t_min=0) for key in keys]
-    t, u = (torch.stack(x) for x in zip(*draws))  # (keys, 2, 21)
-    for row, position in itertools.product((0, 1), (0, 8, 20)):
-        assert is_uniform(t[:, row, position], 20)
-        assert is_uniform(u[:, row, position], 20)
-    # Two rows begin one to six sixths of the circle apart (and a half, by stratum).
-    apart = 6 * (t[:, 1, 0] - t[:, 0, 0]) - 0.5
-    assert is_uniform((apart.round() % 6 + 0.5) / 6, 6)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -227,17 +209,16 @@ def random_distribution(seed=0):
     return torch.softmax(1.5 * logits, 0)
 
 
+def pure_noise_law(noise):
+    """The prior, (K,)."""
+    tokens = [(1 - noise.mask_share) / noise.vocab_size] * noise.vocab_size
+    law = tokens + [noise.mask_share] * (noise.mask is not None)
+    return torch.tensor(law, dtype=DOUBLE)
+
+
 def likelihood(noise, x0, xt, alpha):
     """q(xt | x0) of one token each, broadcasting."""
-    survives = alpha * (xt == x0).double()
-    if noise.mask is None:
-        return survives + (1 - alpha) / noise.vocab_size
-    return survives + (1 - alpha) * (xt == noise.mask).double()
-
-
-def pure_noise_law(noise, xt):
-    """The probability of tokens xt if nothing survives."""
-    return likelihood(noise, -1, xt, 0.0)
+    return alpha * (xt == x0).double() + (1 - alpha) * pure_noise_law(noise)[xt]
 
 
 def token_law(weight, i):
@@ -256,7 +237,7 @@ def begins_like(x0, length):
 
 def exact_denoiser(noise, p, xt, alpha, x0=None, block_size=n, leave_one_out=True):
     """p(x0_i = v | the clean x0 before the block, the noisy block without position i), (M, n, V),
-    for xt (M, n), alpha a number or (M, n). Or, wrongly for uniform noise, with position i."""
+    for xt (M, n), alpha a number or (M, n). Or, wrongly for random tokens, with position i."""
     x0 = xt if x0 is None else x0
     alpha = torch.as_tensor(alpha, dtype=DOUBLE)
     alpha = alpha.expand(xt.shape)[:, None]
@@ -276,50 +257,35 @@ class ExactLoss(BlockGen):
     `dtype`."""
 
     def __init__(self, noise, p, schedule="linear", dtype=DOUBLE, leave_one_out=True):
-        config = Config(
-            vocab_size=V,
-            seq_len=n,
-            n_head=1,
-            n_embd=2,
-            noise=noise,
-            schedule=schedule,
-            ar="paper",
-        )
-        super().__init__(config)
+        shape = dict(vocab_size=V, seq_len=n, n_head=1, n_embd=2)
+        super().__init__(Config(**shape, noise=noise, schedule=schedule, ar="paper"))
+        self.to(dtype)
         self.p, self.dtype = p, dtype
         self.leave_one_out = leave_one_out
 
-    def token_losses(self, x0, block_size, t, u, given):
-        alpha, _ = SCHEDULES[self.config.schedule](t)
-        self.alpha = torch.where(given, 1.0, alpha)  # a given token is sure to be clean
-        return super().token_losses(x0, block_size, t, u, given)
+    def forward(self, batch):
+        alpha, _ = SCHEDULES[self.config.schedule](batch.t)
+        self.alpha = torch.where(batch.given, 1.0, alpha)  # a given token is sure to be clean
+        return super().forward(batch)
 
-    def both_sides(self, x0, xt, block_size):
-        probs = exact_denoiser(
-            self.noise,
-            self.p,
-            xt,
-            self.alpha,
-            x0,
-            int(block_size[0]),
-            self.leave_one_out,
-        )
+    def predictions(self, x0, xt, block_size):
+        inputs = xt, self.alpha, x0, int(block_size[0]), self.leave_one_out
+        probs = exact_denoiser(self.noise, self.p, *inputs)
         logits = probs.log().to(self.dtype)
         return logits, logits
 
-    def logits(self, states, weight):
-        return states
+    def output_weight(self):
+        return torch.eye(V, dtype=self.dtype)
 
 
 def corruptions(noise, alpha):
     """Everything that can happen to n tokens: uniform numbers that bring it about, (C, n), and its
     probability (C,)."""
+    law = pure_noise_law(noise)
+    middle = (law.cumsum(0) - law / 2)[law > 0]
     survival = alpha[None]
-    n_random = V if noise.mask is None else 1  # what a token may turn into
-    middle = (torch.arange(n_random) + 0.5) / n_random
     u = torch.cat([survival / 2, alpha + (1 - alpha) * middle])
-    death = (1 - alpha).expand(n_random)
-    chance = torch.cat([survival, death / n_random])
+    chance = torch.cat([survival, (1 - alpha) * law[law > 0]])
     outcomes = every_sequence(len(u))
     return u[outcomes], chance[outcomes].prod(-1)
 
@@ -329,8 +295,8 @@ NOTHING = (False,) * n  # is given
 
 @torch.no_grad()
 def expected_nelbo(model, x0, block_size=n, given=NOTHING, t_min=1e-9, points=40):
-    """The mean of token_losses, nats (M, n) for x0 (M, n): over the noise by enumeration, over t in
-    [t_min, 1] by Gauss-Legendre in log t."""
+    """The mean of the training pass, nats (M, n) for x0 (M, n): over the noise by enumeration, over
+    t in [t_min, 1] by Gauss-Legendre in log t."""
     schedule = SCHEDULES[model.config.schedule]
     nodes, weights = np.polynomial.legendre.leggauss(points)
     mean = torch.zeros(x0.shape, dtype=DOUBLE)
@@ -339,14 +305,9 @@ def expected_nelbo(model, x0, block_size=n, given=NOTHING, t_min=1e-9, points=40
         u, chance = corruptions(model.noise, schedule(t)[0])
         rows = x0.repeat_interleave(len(u), 0)  # (M C, n)
         sizes = torch.full((len(rows),), block_size)
-        losses = model.token_losses(
-            rows,
-            sizes,
-            t.expand(rows.shape),
-            u.repeat(len(x0), 1),
-            torch.tensor(given).expand(rows.shape),
-        )
-        losses = losses.unflatten(0, (len(x0), -1))  # (M, C, n)
+        is_given = torch.tensor(given).expand(rows.shape)
+        batch = Batch(rows, sizes, t.expand(rows.shape), u.repeat(len(x0), 1), is_given)
+        losses = model(batch).unflatten(0, (len(x0), -1))  # (M, C, n)
         dt = -math.log(t_min) * t * weight / 2
         mean += dt * (chance[:, None] * losses).sum(1)
     return mean / (1 - t_min)
@@ -365,9 +326,9 @@ def test_nelbo_of_the_exact_denoiser_is_the_likelihood(noise, schedule, monkeypa
     nelbo = expected_nelbo(ExactLoss(noise, p, schedule), STATES)
     assert close(nelbo.sum(1), -p.log(), 2e-4)
 
-    # The test has teeth: with uniform noise, p(x0 | xt) is far off; and so is a wrong derivative.
+    # The test has teeth: with random tokens, p(x0 | xt) is far off; so is a wrong derivative.
     entropy = -(p * p.log()).sum()
-    if noise == "uniform":
+    if noise != "masked":
         model = ExactLoss(noise, p, schedule, leave_one_out=False)
         wrong = expected_nelbo(model, STATES)
         assert p @ wrong.sum(1) > entropy + 0.01
@@ -396,15 +357,14 @@ def log_conditional(p, block_size, given):
     return total
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3])
-@pytest.mark.parametrize("pattern", ["free", "g__", "gg_", "_g_", "g_g"])
+@pytest.mark.parametrize("block_size, pattern", [(1, "g__"), (2, "_g_"), (3, "g_g"), (2, "___")])
 @EACH_NOISE
 def test_nelbo_of_an_answer_is_its_likelihood_given_the_question(noise, pattern, block_size):
     """-log p(free | given) for every sequence; given tokens cost nothing."""
-    given = tuple(c == "g" for c in pattern[:n])
+    given = tuple(c == "g" for c in pattern)
     p = random_distribution(1)
     model = ExactLoss(noise, p)
-    nelbo = expected_nelbo(model, STATES, block_size, given, points=24)
+    nelbo = expected_nelbo(model, STATES, block_size, given)
     truth = -log_conditional(p, block_size, given)
     assert close(nelbo.sum(1), truth, 2e-4)
     assert (nelbo[:, torch.tensor(given)] == 0).all()
@@ -419,52 +379,37 @@ def test_what_is_printed_is_a_bound(noise, schedule):
     model = ExactLoss(noise, p, schedule, dtype=torch.float32)
 
     def missing(t_min):
-        """Nats a token."""
-        nelbo = expected_nelbo(model, STATES, t_min=t_min)
-        return p @ (-p.log() - nelbo.sum(1)) / n
+        """What leaving out t < t_min takes from the figure, nats a token."""
+        nelbo = expected_nelbo(model, STATES, t_min=t_min, points=60)
+        entropy = -(p * p.log()).sum()
+        return (entropy - p @ nelbo.sum(1)) / n
 
     assert abs(missing(1e-6)) < 1e-4
     if noise == "uniform":
         assert missing(1e-3) > 1e-3
 
 
-def literal_uniform_nelbo(logits, x0, xt, alpha):
-    """As the formula is written, for alpha' = -1, in float64."""
-    V = logits.shape[-1]
-    p = logits.double().softmax(-1)
-    onehot = F.one_hot(x0, V).double()
-    xbar = V * alpha * onehot + 1 - alpha
-    pbar = V * alpha * p + 1 - alpha
-    i = xt[:, None]
-    xbar_i, pbar_i = xbar.gather(1, i), pbar.gather(1, i)
-    log_ratio = (pbar_i * xbar / (pbar * xbar_i)).log()
-    divergence = (xbar / xbar_i * log_ratio).sum(1, keepdim=True)
-    bracket = divergence - V / xbar_i + V / pbar_i
-    return bracket[:, 0] / (V * alpha)
-
-
-@pytest.mark.parametrize("alpha", [1e-5, 1e-3, 0.3, 0.99, 1 - 1e-6])
+@pytest.mark.parametrize("alpha", [1e-5, 1e-3, 0.3, 0.99])
 def test_uniform_nelbo_equals_its_formula(alpha):
-    """In float64 everywhere; in float32 down to tiny alpha, where as written it is off by 0.1."""
+    """As UDLM and Duo write it, for alpha' = -1; in float32 it stays accurate."""
     torch.manual_seed(0)
-    noise = NOISES["uniform"](1000)
-    logits = torch.randn(50, 1000)
+    size = 1000
+    logits = torch.randn(50, size)
     x0 = torch.arange(50)
     xt = torch.arange(25, 75) % 60
-    literal = literal_uniform_nelbo(logits, x0, xt, alpha)
+    p = logits.double().softmax(-1)
+    xbar = size * alpha * F.one_hot(x0, size).double() + 1 - alpha
+    pbar = size * alpha * p + 1 - alpha
+    xbar_i, pbar_i = (x.gather(1, xt[:, None]) for x in (xbar, pbar))
+    log_ratio = (pbar_i * xbar / (pbar * xbar_i)).log()
+    divergence = (xbar / xbar_i * log_ratio).sum(1, keepdim=True)
+    literal = (divergence - size / xbar_i + size / pbar_i)[:, 0] / (size * alpha)
     largest = float(literal.max())
-
-    def ours(dtype):
+    for dtype, relative, absolute in ((DOUBLE, 1e-8, 1e-7), (torch.float32, 1e-4, 2e-3)):
         alphas = torch.full((50,), alpha, dtype=dtype)
-        return noise.nelbo(logits, x0, xt, alphas, torch.tensor(-1.0))
-
-    assert ours(DOUBLE).dtype == DOUBLE
-    assert close(ours(DOUBLE), literal, 1e-8 * largest + 1e-7)
-    if alpha <= 0.99:  # training sees little more
-        single = ours(torch.float32)
-        assert single.dtype == torch.float32
-        assert close(single, literal, 1e-4 * largest + 2e-3)
-        assert (single > -2e-3).all()
+        ours = NOISES["uniform"](size).nelbo(logits, x0, xt, alphas, torch.tensor(-1.0))
+        assert ours.dtype == dtype
+        assert close(ours, literal, relative * largest + absolute)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -482,65 +427,37 @@ def test_schedules_reach_their_ends_and_know_their_slope(schedule, dtype):
 
 
 @EACH_NOISE
-@pytest.mark.parametrize(
-    "alpha_t, alpha_s",
-    [
-        (0.0, 0.4),
-        (0.3, 0.31),
-        (0.3, 0.8),
-        (0.6, 1.0),
-        (0.0, 1.0),
-    ],
-)
+@pytest.mark.parametrize("alpha_t, alpha_s", [(0, 0.4), (0.3, 0.31), (0.3, 0.8), (0.6, 1), (0, 1)])
 def test_posterior_is_bayes_rule(noise, alpha_t, alpha_s):
-    """p(xs | xt) = sum_x0 p(x0) q(xs | x0) q(xt | xs) / normalizer, one token."""
+    """p(xs | xt) = sum_x0 p(x0) q(xs | x0) q(xt | xs) / normalizer, one token. With numbers u on a
+    grid, step, corrupt and prior hit every outcome in proportion, to the width of the grid."""
     noise = NOISES[noise](V)
-    states = torch.arange(noise.n_embeddings)
+    K = noise.n_embeddings
+    states = torch.arange(K)
     probs = torch.tensor([0.7, 0.2, 0.1], dtype=DOUBLE)
     x0, xs, xt = torch.meshgrid(torch.arange(V), states, states, indexing="ij")
     to_xs = likelihood(noise, x0, xs, alpha_s)
     to_xt = likelihood(noise, xs, xt, alpha_t / alpha_s)
-    if noise.mask is not None:  # a mask stays a mask going forward
-        stays = (xt == noise.mask).double()
-        to_xt = torch.where(xs == noise.mask, stays, to_xt)
-    joint = probs[:, None, None] * to_xs * to_xt
-    bayes = joint.sum(0).T  # (xt, xs)
+    bayes = (probs[:, None, None] * to_xs * to_xt).sum(0).T  # (xt, xs)
     seen = bayes.sum(1) > 0
     bayes = bayes / bayes.sum(1, keepdim=True)
-    rows = probs.expand(len(states), V)
-    posterior = noise.posterior(rows, states, alpha_s, alpha_t)
+    posterior = noise.posterior(probs.expand(K, V), states, alpha_s, alpha_t)
     assert close(posterior[seen], bayes[seen], 1e-12)
 
-    # step with u on a grid hits every outcome in proportion, to the width of the grid
     m = 20_000
     u = (torch.arange(m, dtype=DOUBLE) + 0.5) / m
-    rows = probs.expand(m, V)
-    for state in states[seen]:
-        drawn = noise.step(rows, state.expand(m), alpha_s, alpha_t, u)
-        counts = torch.bincount(drawn, minlength=len(states))
-        assert close(counts / m, posterior[state], 5 / m)
-
-
-@EACH_NOISE
-def test_step_corrupt_and_prior_draw_from_their_laws(noise):
-    """Chi-square, with random numbers of their own."""
-    torch.manual_seed(0)
-    noise, m = NOISES[noise](5), 100_000
-    probs = torch.randn(5, dtype=DOUBLE).softmax(0)
-    state = torch.tensor(2 if noise.mask is None else noise.mask)
-    token = torch.tensor(3)
-    states = torch.arange(noise.n_embeddings)
 
     def has_law(drawn, law):
-        counts = torch.bincount(drawn, minlength=len(states))
-        return fits(counts, law)
+        counts = torch.bincount(drawn, minlength=K)
+        return close(counts / m, law, 6 / m)
 
-    drawn = noise.step(probs.expand(m, 5), state.expand(m), 0.7, 0.2)
-    law = noise.posterior(probs[None], state[None], 0.7, 0.2)
-    assert has_law(drawn, law[0])
-    corrupted = noise.corrupt(token.expand(m), 0.4)
-    assert has_law(corrupted, likelihood(noise, token, states, 0.4))
-    assert has_law(noise.prior((m,)), pure_noise_law(noise, states))
+    for state in states[seen]:
+        drawn = noise.step(probs.expand(m, V), state.expand(m), alpha_s, alpha_t, u)
+        assert has_law(drawn, posterior[state])
+    token = torch.tensor(1)
+    law = likelihood(noise, token, states, alpha_t)
+    assert has_law(noise.corrupt(token.expand(m), alpha_t, u), law)
+    assert has_law(noise.prior((m,), u=u), pure_noise_law(noise))
 
 
 def ancestral_law(noise, denoiser, steps):
@@ -548,7 +465,7 @@ def ancestral_law(noise, denoiser, steps):
     the steps. denoiser(xt (M, n), alpha) -> (M, n, V)."""
     K = noise.n_embeddings
     xt = every_sequence(K)  # (K^n, n)
-    law = pure_noise_law(noise, xt).prod(1)
+    law = pure_noise_law(noise)[xt].prod(1)
     for k in range(steps):
         alpha_t, alpha_s = k / steps, (k + 1) / steps
         probs = denoiser(xt, alpha_t)
@@ -557,14 +474,6 @@ def ancestral_law(noise, denoiser, steps):
         law = torch.einsum("m,ma,mb,mc->abc", law, a, b, c).flatten()
     law = law.view(K, K, K)
     return law[:V, :V, :V].flatten()
-
-
-def product_of_marginals(p):
-    """The law over STATES of tokens that are drawn without a look at each other."""
-    law = torch.ones(len(STATES), dtype=DOUBLE)
-    for i in range(n):
-        law = law * log_marginal(p, [i]).exp()
-    return law
 
 
 @EACH_NOISE
@@ -581,7 +490,8 @@ def test_ancestral_sampling_converges_to_the_true_distribution(noise):
     assert distance(one) > 0.1
     assert distance(many) < 0.01
     assert distance(many) < distance(some) / 5
-    assert close(one, product_of_marginals(p), 1e-12)
+    product_of_marginals = sum(log_marginal(p, [i]) for i in range(n)).exp()
+    assert close(one, product_of_marginals, 1e-12)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -594,6 +504,14 @@ def random_text(model, rows, alpha=0.5):
     return x0, model.noise.corrupt(x0, alpha)
 
 
+def predict(model, x0, xt, block_size):
+    """Logits (N, L, V) of x0 from one pass without a cache, at block sizes an int or (N,)."""
+    sizes = torch.as_tensor(block_size).expand(len(x0))
+    diffusion, ar = model.predictions(x0, xt, sizes)
+    single = blockgen.is_single(sizes, x0.shape[1])[..., None]
+    return model.logits(torch.where(single, ar, diffusion))
+
+
 @NAN_CACHE
 @EACH_AR_AND_CACHE
 @EACH_NOISE
@@ -604,7 +522,7 @@ def test_cached_passes_equal_the_training_pass(noise, token_causal, ar):
     x0, xt = random_text(model, 3)
     for S in (1, 5, 8, 21):
         cache = model.new_cache(3)
-        expected = model(x0, xt, S)
+        expected = predict(model, x0, xt, S)
         commit = None
         for begin in range(0, 21, S):
             block = slice(begin, begin + S)
@@ -613,99 +531,40 @@ def test_cached_passes_equal_the_training_pass(noise, token_causal, ar):
             commit = x0[:, block]
 
     cache = model.new_cache(3)
-    expected = model(x0, xt, 1)
-    single = xt[:, :1]
-    model.denoise(single, cache, x0[:, :4], block_size=1)
+    expected = predict(model, x0, xt, 1)
+    model.denoise(xt[:, :1], cache, x0[:, :4], block_size=1)
     for begin, end in ((4, 9), (9, 10), (10, 21)):
         block = slice(begin, end)
         logits = model.verify(x0[:, block], cache, xt[:, block])
         assert close(logits, expected[:, block], 1e-5)
-        if ar == "shift":  # needs the state of the last token, which committing yields
-            model.denoise(single, cache, x0[:, block])
-        else:
-            cache.length += end - begin  # accept all of them: their keys are in the cache
+        cache.accept(end - begin)
+    assert cache.length == 21
 
 
 @NAN_CACHE
 @BOTH
 @torch.no_grad()
 def test_one_cache_serves_mixed_block_sizes(ar):
-    """Each block against the training pass where its size divides its begin, else against a cache
-    of its own."""
+    """Against a fresh cache for each block. After a verification, accepting some tokens commits
+    them alone: what follows sees nothing of the others, by either side."""
     model = tiny(ar=ar)
     x0, xt = random_text(model, 2, alpha=0.3)
     cache = model.new_cache(2)
-    sizes = (7, 1, 4, 4, 5)
     begin = 0
-    for S in sizes:
+    for S, accepted in ((7, 3), (1, 1), (4, 4), (4, 0), (5, 0)):
         block = slice(begin, begin + S)
-        commit = x0[:, cache.length : begin]
-        logits = model.denoise(xt[:, block], cache, commit)
-        if begin % S == 0:
-            expected = model(x0, xt, S)[:, block]
-        else:
-            fresh = model.new_cache(2)
-            expected = model.denoise(xt[:, block], fresh, x0[:, :begin])
-        assert close(logits, expected, 1e-5)
+        logits = model.denoise(xt[:, block], cache, x0[:, cache.length : begin])
+        fresh = model.new_cache(2)
+        assert close(logits, model.denoise(xt[:, block], fresh, x0[:, :begin]), 1e-5)
+        proposal = x0[:, block].clone()
+        proposal[:, accepted:] = (proposal[:, accepted:] + 1) % 11
+        whole = torch.cat([x0[:, :begin], proposal, x0[:, begin + S :]], 1)
+        verdict = model.verify(proposal, cache, xt[:, block])
+        assert close(verdict, predict(model, whole, xt, 1)[:, block], 1e-5)
+        cache.accept(accepted)
+        assert cache.length == begin + accepted
         begin += S
     assert begin == 21
-
-
-@NAN_CACHE
-@BOTH
-@torch.no_grad()
-def test_accepted_tokens_are_in_the_cache(ar):
-    """After a verification, moving the length commits: what follows sees the accepted tokens, and
-    nothing of the rejected ones."""
-    model = tiny(ar=ar)
-    x0, xt = random_text(model, 2)
-    cache = model.new_cache(2)
-    block = slice(6, 12)
-    model.denoise(xt[:, block], cache, x0[:, :6])
-    proposal = x0.clone()
-    proposal[:, 10:] = (x0[:, 10:] + 1) % 11
-    verdict = model.verify(proposal[:, block], cache, xt[:, block])
-    expected = model(proposal, xt, 1)
-    assert close(verdict, expected[:, block], 1e-5)
-    cache.length += 3  # of four that are right
-    block = slice(10, 15)
-    logits = model.denoise(xt[:, block], cache, x0[:, 9:10])
-    expected = model.denoise(xt[:, block], model.new_cache(2), x0[:, :10])
-    assert close(logits, expected, 1e-5)
-
-
-@BOTH
-@EACH_NOISE
-@torch.no_grad()
-def test_rows_of_different_block_sizes_equal_separate_calls(noise, ar):
-    model = tiny(noise, ar=ar)
-    x0, xt = random_text(model, 4)
-    sizes = torch.tensor([1, 5, 16, 21])
-    together = model(x0, xt, sizes)
-    for i, S in enumerate(sizes.tolist()):
-        row = slice(i, i + 1)
-        alone = model(x0[row], xt[row], S)
-        assert close(together[row], alone, 1e-5)
-
-
-@pytest.mark.parametrize(
-    "ar, block_size, n_tokens",
-    [
-        ("shift", 1, 21),
-        ("shift", 4, 42),
-        ("paper", 1, 42),
-    ],
-)
-def test_autoregression_by_shift_runs_the_clean_half_alone(ar, block_size, n_tokens):
-    model = tiny(ar=ar)
-    shapes = []
-
-    def record(module, inputs, output):
-        shapes.append(inputs[0].shape)
-
-    model.embedding.register_forward_hook(record)
-    model(*random_text(model, 2), block_size)
-    assert shapes == [(2, n_tokens)]
 
 
 @pytest.mark.parametrize("S", [1, 4, 7])
@@ -716,10 +575,10 @@ def test_nothing_leaks_from_the_future(token_causal, ar, S):
     own block; later ones do."""
     model = tiny(token_causal=token_causal, ar=ar)
     x0, xt = random_text(model, 1)
-    base = model(x0, xt, S)
+    base = predict(model, x0, xt, S)
 
     def moved(x0, xt):
-        return (model(x0, xt, S) != base).any(-1)[0]
+        return (predict(model, x0, xt, S) != base).any(-1)[0]
 
     for i in (0, 9, 13):
         begin = i // S * S
@@ -738,27 +597,16 @@ def test_nothing_leaks_from_the_future(token_causal, ar, S):
 
 
 def loss_inputs(question=(0, 0, 0), dtype=DOUBLE):
-    """x0, sizes, t, u and given of three rows, of which the first `question` tokens are given."""
+    """A batch of three rows, of which the first `question` tokens are given."""
     torch.manual_seed(0)
     x0 = torch.randint(0, 11, (3, 21))
-    sizes = torch.tensor([1, 4, 21])
-    rows, stratum = torch.arange(3), torch.rand(3)
-    t, u = draw_noise((0,), rows, stratum, sizes, 21, t_min=1e-3)
-    lengths = torch.tensor(question)[:, None]
-    given = torch.arange(21) < lengths
-    return x0, sizes, t.to(dtype), u, given
+    t = 0.001 + 0.999 * torch.rand(3, 21, dtype=dtype)
+    u = torch.rand(3, 21, dtype=DOUBLE)
+    given = torch.arange(21) < torch.tensor(question)[:, None]
+    return Batch(x0, torch.tensor([1, 4, 21]), t, u, given)
 
 
-QUESTIONS = pytest.mark.parametrize(
-    "question",
-    [
-        (0, 0, 0),
-        (3, 9, 0),
-        (20, 6, 13),
-        (0, 21, 2),
-    ],
-    ids=str,
-)
+QUESTIONS = pytest.mark.parametrize("question", [(3, 9, 0), (0, 21, 2)], ids=str)
 
 
 @QUESTIONS
@@ -777,19 +625,19 @@ def test_loss_is_charged_where_it_should_be(noise, ar, question):
     survival = torch.where(single, 0.0, alpha)
     xt = model.noise.corrupt(x0, survival, u)
     xt = torch.where(given, x0, xt)
-    logits = model(x0, xt, sizes)
-    nll = -pick(logits.log_softmax(-1), x0)
+    logits = predict(model, x0, xt, sizes)
+    nll = -logits.log_softmax(-1).gather(2, x0[..., None])[..., 0]
     nelbo = model.noise.nelbo(logits, x0, xt, alpha, dalpha)
     expected = torch.where(single, nll, nelbo)
-
-    losses = model.token_losses(*batch)
+    losses = model(batch)
     assert losses.dtype == DOUBLE
     assert close(losses, expected.masked_fill(given, 0), 1e-4)
     assert (losses[given] == 0).all()
+
+    is_scored = ~given
     if noise == "masked":
-        losses = model.token_losses(*batch, objective="ce")
-        scored = (single | (xt == model.noise.mask)) & ~given
-        assert close(losses, nll.masked_fill(~scored, 0), 1e-5)
+        is_scored = (single | (xt == model.noise.mask)) & ~given
+    assert close(model(batch, loss="ce"), nll.masked_fill(~is_scored, 0), 1e-5)
 
 
 @QUESTIONS
@@ -801,15 +649,14 @@ def test_losses_of_a_batch_are_those_of_its_rows(noise, ar, question, ar_weight)
     yields beside a diffusion loss is that of block size 1."""
     model = tiny(noise, ar=ar)
     batch = loss_inputs(question, torch.float32)
-    losses = partial(model.token_losses, ar_weight=ar_weight)
-    whole = losses(*batch)
+    losses = partial(model, ar_weight=ar_weight)
+    whole = losses(batch)
     assert whole.dtype == torch.float32
-    rows = zip(*(x.split(1) for x in batch))
-    alone = [losses(*row) for row in rows]
+    alone = [losses(Batch(*row)) for row in zip(*(x.split(1) for x in batch))]
     assert close(torch.cat(alone), whole, 1e-4)
 
-    model.in_chunks = partial(model.in_chunks, chunk=40)  # three tokens at a time
-    parts = losses(*batch)
+    model.losses = partial(model.losses, chunk=40)  # three tokens at a time
+    parts = losses(batch)
     assert close(parts, whole, 1e-5)
     weight = model.embedding.weight
     gradient = torch.autograd.grad(whole.sum(), weight)[0]
@@ -817,1199 +664,604 @@ def test_losses_of_a_batch_are_those_of_its_rows(noise, ar, question, ar_weight)
     assert close(gradient_of_parts, gradient, 1e-4)
 
     if ar == "shift":
-        diffusion = model.token_losses(*batch)
-        x0, sizes, *rest = batch
-        by_ar = model.token_losses(x0, torch.ones_like(sizes), *rest)
+        diffusion = model(batch)
+        by_ar = model(batch._replace(block_size=torch.ones(3, dtype=torch.long)))
         mixed = (1 - ar_weight) * diffusion + ar_weight * by_ar
         assert close(whole, mixed, 1e-5)
 
 
-def test_the_head_makes_no_more_logits_than_a_chunk():
+def test_the_head_makes_no_more_logits_than_a_chunk(monkeypatch):
     """And none where nothing is scored."""
-    model = tiny()
-    logits, sizes = model.logits, []
+    model, linear, sizes = tiny(), F.linear, []
 
-    def record(states, weight):
-        made = logits(states, weight)
-        sizes.append(made.numel())
+    def record(x, weight, bias=None):
+        made = linear(x, weight, bias)
+        if bias is model.head_bias:
+            sizes.append(made.numel())
         return made
 
-    model.logits = record
-    model.in_chunks = partial(model.in_chunks, chunk=40)
-    model.token_losses(*loss_inputs())
+    monkeypatch.setattr(F, "linear", record)
+    model.losses = partial(model.losses, chunk=40)
+    model(loss_inputs())
     assert max(sizes) == 33
     assert sum(sizes) < 3 * 21 * 11
 
 
-# ----------------------------------------------------------------------------------------------
-# Sampling
-
-
-def samples(model, rows, **options):
-    """Tokens (rows, L)."""
-    length = model.config.seq_len
-    tokens, _ = generate(model, rows, length, **options)
-    return tokens
-
-
-def statistics(model, rows, **options):
-    _, stats = generate(model, rows, model.config.seq_len, **options)
-    return stats
-
-
-class TokenCache:
-    """A cache of tokens instead of keys: what is committed can be compared with what is decided."""
-
-    def __init__(self, rows, length):
-        self.length = 0
-        self.tokens = torch.zeros(rows, length, dtype=torch.int64)
-
-    def put(self, x):
-        """Write x behind the committed tokens."""
-        end = self.length + x.shape[1]
-        assert end <= self.tokens.shape[1]  # drafts near the end are shorter
-        self.tokens[:, self.length : end] = x
-
-    def commit(self, x):
-        if x is not None:
-            self.put(x)
-            self.length += x.shape[1]
-
-
-def check_pass(run, *blocks):
-    """A watcher. What is committed is decided; and tokens that are decided, given ones among them,
-    stand in the block before and after every step."""
-    committed = slice(0, run.cache.length)
-    assert run.decided[:, committed].all()
-    tokens = run.tokens[:, committed]
-    assert torch.equal(run.cache.tokens[:, committed], tokens)
-    block = slice(run.begin, run.end)
-    decided = run.decided[:, block]
-    tokens = run.tokens[:, block][decided]
-    xt, x, sent_back = blocks
-    for stage in (xt, x):
-        assert torch.equal(stage[decided], tokens)
-    assert not sent_back[decided].any()
-
-
-class ExactModel:
-    """What generate() needs of a model, for a distribution p over STATES. Its AR side is exact.
-    Its diffusion side gives p(x_i | the prefix, what is revealed in the block) under masked noise,
-    p(x_i | the prefix) under uniform noise."""
-
-    head = SimpleNamespace(bias=torch.zeros(1))
-
-    def __init__(self, p, noise="masked"):
-        self.p = p
-        self.noise = NOISES[noise](V)
-        self.config = Config(vocab_size=V, seq_len=n, noise=noise)
-
-    def new_cache(self, rows, length):
-        return TokenCache(rows, length)
-
-    def log_law(self, known, tokens, i):
-        """log p(x_i = v | the known (N, n) positions but i hold these tokens), (N, V)."""
-        known = known & (torch.arange(n) != i)
-        agrees = (STATES == tokens[:, None]) | ~known[:, None]
-        weight = self.p * agrees.all(-1)
-        return token_law(weight, i).log()
-
-    def denoise(self, xt, cache, commit=None, block_size=None):
-        cache.commit(commit)
-        begin, end = cache.length, cache.length + xt.shape[1]
-        tokens = cache.tokens.clone()
-        tokens[:, begin:end] = xt
-        known = torch.zeros_like(tokens, dtype=torch.bool)
-        known[:, :begin] = True
-        if self.noise.mask is not None:
-            known[:, begin:end] = xt != self.noise.mask
-        laws = [self.log_law(known, tokens, i) for i in range(begin, end)]
-        return torch.stack(laws, 1)
-
-    def verify(self, x, cache, noise=None):
-        cache.put(x)
-        laws = []
-        for i in range(cache.length, cache.length + x.shape[1]):
-            before = torch.arange(n)[None] < i
-            laws.append(self.log_law(before, cache.tokens, i))
-        return torch.stack(laws, 1)
-
-
-def has_law(tokens, law):
-    """Could the rows of tokens (N, n) have been drawn from a law over STATES?"""
-    index = tokens @ torch.tensor([V * V, V, 1])
-    counts = torch.bincount(index, minlength=len(STATES))
-    return fits(counts, law)
-
-
-@EACH_NOISE
-def test_speculative_samples_are_exactly_ar_samples(noise):
-    """Of many rows at a time, most of which run ahead of the slowest."""
-    p = random_distribution(2)
-    model = ExactModel(p, noise)
-    tokens, stats = generate(model, 20_000, n, sampler="ar", seed=1)
-    assert has_law(tokens, p)
-    assert stats["nfe"] == n
-    for S in (2, 3):
-        options = dict(
-            sampler="speculative",
-            block_size=S,
-            seed=2,
-            watch=check_pass,
-        )
-        tokens, stats = generate(model, 20_000, n, **options)
-        assert has_law(tokens, p)
-        assert stats["nfe"] < 2 * n  # some rounds accept a token in every row
-    # the test has teeth: the draft alone has another law
-    draft = samples(model, 20_000, block_size=3, steps=1, seed=3)
-    assert not has_law(draft, p)
-
-
-def ar_law(p, given):
-    """The law over STATES of writing from left to right around given tokens, -1 where free."""
-    law = torch.ones(len(STATES), dtype=DOUBLE)
-    for i, token in enumerate(given.tolist()):
-        if token < 0:
-            longer = log_marginal(p, list(range(i + 1)))
-            shorter = log_marginal(p, list(range(i)))
-            law = law * (longer - shorter).exp()
-        else:
-            law = law * (STATES[:, i] == token)
-    return law
-
-
-@EACH_NOISE
-def test_speculative_samples_in_a_batch_of_different_prompts(noise):
-    """Small batches, which move on by several tokens at a time. Each row has the AR law of its own
-    prompt, also where the prompt stands behind free tokens."""
-    model = ExactModel(random_distribution(2), noise)
-    prompts = torch.tensor(
-        [
-            [-1, -1, -1],
-            [2, -1, -1],
-            [-1, 0, -1],
-            [1, -1, 2],
-        ]
-    )
-    batches = []
-    for k in range(1000):
-        tokens = samples(
-            model,
-            rows=4,
-            sampler="speculative",
-            given=prompts,
-            first_row=4 * k,
-            watch=check_pass,
-        )
-        batches.append(tokens)
-    by_prompt = torch.stack(batches, 1)  # (4, batches, n)
-    for tokens, prompt in zip(by_prompt, prompts):
-        assert has_law(tokens, ar_law(model.p, prompt))
-
-
-def test_rows_without_free_tokens_do_not_hold_back_the_others():
-    model = ExactModel(random_distribution(2))
-    free = torch.full((50, n), -1)
-    full = torch.zeros(30, n, dtype=torch.int64)
-    together = torch.cat([free, full])
-    options = dict(sampler="speculative", block_size=3)
-    tokens, stats = generate(model, 50, n, given=free, **options)
-    more_tokens, more_stats = generate(model, 80, n, given=together, **options)
-    assert torch.equal(more_tokens[:50], tokens)
-    assert more_stats["nfe"] == stats["nfe"]
-
-
-def exact_likelihood(model):
-    """p(x) of each of STATES by the AR side, (V^n,)."""
-    noise = model.noise.prior(STATES.shape)
-    if model.noise.mask is None:  # under ar="paper" any one
-        noise = torch.ones_like(STATES)
-    logp = model(STATES, noise, 1).double().log_softmax(-1)
-    p = pick(logp, STATES).sum(1).exp()
-    assert p.sum() == pytest.approx(1)
-    return p
-
-
-@pytest.mark.parametrize(
-    "noise, ar",
-    [
-        ("masked", "paper"),
-        ("masked", "shift"),
-        ("uniform", "shift"),
-    ],
-)
-@pytest.mark.parametrize("prompt", [[-1, -1, -1], [-1, 2, -1]], ids=str)
 @torch.no_grad()
-def test_ar_and_speculative_samples_follow_the_likelihood(noise, ar, prompt):
-    """The same with a real model: forward at block size 1 says p(x) of every sequence, and both
-    samplers write with that law."""
-    model = tiny(noise, vocab_size=V, seq_len=n, ar=ar)
-    given = torch.tensor(prompt)
-    law = ar_law(exact_likelihood(model), given)
-    write = partial(samples, model, 20_000, given=given.expand(20_000, n))
-    assert has_law(write(sampler="ar", seed=1), law)
-    for S in (2, 3):
-        tokens = write(sampler="speculative", block_size=S, seed=2)
-        assert has_law(tokens, law)
-    assert not has_law(write(block_size=3, steps=1, seed=3), law)
-
-
-@pytest.mark.parametrize("steps", [1, 3, 30])
-def test_ancestral_samples_follow_their_closed_form(steps):
-    """steps = 1: the product of the marginals; steps = S: the law pushed through the steps; many:
-    nearly p."""
-    p = random_distribution(2)
-    model = ExactModel(p)
-    denoiser = partial(exact_denoiser, model.noise, p)
-    law = ancestral_law(model.noise, denoiser, steps)
-    tokens = samples(model, 5_000, block_size=3, steps=steps, seed=steps)
-    assert has_law(tokens, law)
-
-
-@pytest.mark.parametrize("sampler", ["ar", "speculative"])
-def test_temperature_and_top_k_reach_the_tokens(sampler):
-    model = ExactModel(random_distribution(2))
-    best = torch.zeros(1, n, dtype=torch.int64)
-    for i in range(n):  # greedy, by hand
-        before = torch.arange(n)[None] < i
-        best[:, i] = model.log_law(before, best, i).argmax()
-    for greedy in (dict(temperature=0), dict(top_k=1)):
-        tokens = samples(model, 3, sampler=sampler, **greedy)
-        assert (tokens == best).all()
-
-    def first_token_has_law(law, **options):
-        tokens = samples(model, 20_000, sampler=sampler, **options)
-        counts = torch.bincount(tokens[:, 0], minlength=V)
-        return close(counts / 20_000, law / law.sum(), 0.02)
-
-    law = token_law(model.p[None], 0)[0]
-    likeliest_two = law.masked_fill(law == law.min(), 0)
-    assert first_token_has_law(likeliest_two, top_k=2)
-    assert first_token_has_law(law.sqrt(), temperature=2.0)
-
-
-GIVEN = torch.full((3, 21), -1)
-GIVEN[0, :5] = 1
-GIVEN[1, 3:9] = 2
-GIVEN[1, 20] = 4
-GIVEN[2, :13] = 3
-
-
-class Uncached:
-    """The contract again, recomputed from scratch in every pass, each row and each verified token
-    by itself."""
-
-    def __init__(self, model):
-        self.model = model
-        self.config = model.config
-        self.noise = model.noise
-        self.head = model.head
-
-    def new_cache(self, rows, length):
-        return TokenCache(rows, length)
-
-    def from_scratch(self, xt, prefixes):
-        rows = []
-        for x, prefix in zip(xt, prefixes):
-            cache = self.model.new_cache(1)
-            logits = self.model.denoise(x[None], cache, prefix[None])
-            rows.append(logits)
-        return torch.cat(rows)
-
-    def denoise(self, xt, cache, commit=None, block_size=None):
-        cache.commit(commit)
-        prefixes = cache.tokens[:, : cache.length]
-        return self.from_scratch(xt, prefixes)
-
-    def verify(self, x, cache, noise=None):
-        cache.put(x)
-        noise = x if noise is None else noise  # under ar="shift" none is read
-        columns = []
-        for j in range(x.shape[1]):
-            prefixes = cache.tokens[:, : cache.length + j]
-            logits = self.from_scratch(noise[:, j : j + 1], prefixes)
-            columns.append(logits)
-        return torch.cat(columns, 1)
-
-
-def count_calls(model):
-    """A dict that counts the model's passes."""
-    calls = dict(denoise=0, verify=0)
-
-    def counting(name):
-        method = getattr(model, name)
-
-        def counted(*args):
-            calls[name] += 1
-            return method(*args)
-
-        return counted
-
-    for name in calls:
-        setattr(model, name, counting(name))
-    return calls
-
-
-VARIANTS = [dict(sampler=s) for s in SAMPLERS if s != "arpc"]
-VARIANTS += [dict(sampler="arpc", criterion=c) for c in CRITERIA]
-
-
-@NAN_CACHE
-@BOTH
-@EACH_NOISE
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
-def test_samplers(variant, noise, ar):
-    """Cached = recomputed in every pass, token for token; a row does not depend on its batch; given
-    tokens stay; NFE is the number of calls. In float64, so that no rounding decides a draw."""
-    model = tiny(noise, ar=ar).double()
-    sampler, criterion = variant["sampler"], variant.get("criterion")
-    options = dict(block_size=5, steps=4, threshold=0.2, seed=5, **variant)
-    recompute = partial(samples, Uncached(model), watch=check_pass, **options)
-    recomputed = recompute(3, given=GIVEN)
-    alone = []
-    for i in range(3):
-        row = dict(given=GIVEN[i : i + 1], first_row=i)
-        alone.append(samples(model, 1, **row, **options))
-        if sampler == "speculative":  # there rows wait for each other
-            assert torch.equal(alone[i], recompute(1, **row))
-    calls = count_calls(model)
-    tokens, stats = generate(model, 3, 21, given=GIVEN, **options)
-    assert torch.equal(tokens, recomputed)
-    if sampler != "speculative":
-        assert torch.equal(tokens, torch.cat(alone))
-    free = GIVEN < 0
-    assert torch.equal(tokens[~free], GIVEN[~free])
-    assert 0 <= tokens.min() and tokens.max() < 11
-    assert stats["tokens"] == free.sum()
-
-    assert stats["nfe"] == sum(calls.values())
-    verifies = sampler == "speculative" or criterion in AR_CRITERIA
-    assert (calls["verify"] > 0) == verifies
-    # Five blocks; the last has one token, which takes one step. Committing costs nothing.
-    if sampler == "ancestral" and noise == "uniform":
-        assert stats["nfe"] == 4 * 4 + 1
-    if criterion in AR_CRITERIA:
-        assert stats["nfe"] == 4 * 7 + 1  # 2 steps - 1 a block
-
-
-@NAN_CACHE
-@BOTH
-def test_drafts_that_are_accepted_as_a_whole(ar):
-    """Then the verifying pass wrote the keys of all that is committed: cached = recomputed."""
-    model = tiny(ar=ar).double()
-    options = dict(sampler="speculative", block_size=2, temperature=5.0)
-    for row in range(5):
-        expected = samples(Uncached(model), 1, first_row=row, **options)
-        tokens, stats = generate(model, 1, 21, first_row=row, **options)
-        assert torch.equal(tokens, expected)
-        assert stats["nfe"] < 30  # of 42, if each round wrote one token
-
-
-@pytest.mark.parametrize("sampler", ["ar", "ancestral", "confidence", "arpc"])
-@pytest.mark.parametrize("prompt", [0, 7, 10, 12])
-@torch.no_grad()
-def test_a_block_causal_model_samples_as_it_was_trained(sampler, prompt):
-    """Every pass has the logits of the training pass at its block size, also behind a prompt."""
-    model = tiny(token_causal=False, ar="paper")
-    given = torch.full((2, 21), -1)
-    given[:, :prompt] = torch.randint(0, 11, (2, prompt))
-    S = 1 if sampler == "ar" else 5
-    denoise, passes = model.denoise, []
-    x0 = torch.zeros_like(given)
-
-    def compare(xt, cache, commit, block_size):
-        before = cache.length
-        logits = denoise(xt, cache, commit, block_size)
-        begin, end = cache.length, cache.length + xt.shape[1]
-        x0[:, before:begin] = commit
-        noisy = x0.clone()
-        noisy[:, begin:end] = xt
-        expected = model(x0, noisy, S)
-        assert close(logits, expected[:, begin:end], 1e-5)
-        passes.append(begin)
-        return logits
-
-    model.denoise = compare
-    samples(
-        model,
-        rows=2,
-        sampler=sampler,
-        given=given,
-        block_size=5,
-        steps=2,
-        criterion="diffusion_entropy",
-    )
-    assert passes
-
-
-class Direct:
-    """Sampling as a paper would write it: row 0 of a batch, no cache, plain loops; the random
-    numbers are those of generate()."""
-
-    def __init__(self, model, block_size, seed):
-        self.model = model
-        self.block_size, self.seed = block_size, seed
-        self.length = model.config.seq_len
-        self.tokens = [0] * self.length
-
-    def number(self, purpose, step, i):
-        begin = i - i % self.block_size
-        n = min(self.block_size, self.length - begin)
-        return random_numbers((self.seed, purpose, step, begin), [0], n)[0, i - begin]
-
-    def pure(self, purpose, step, i):
-        """A token of pure noise."""
-        noise = self.model.noise
-        if noise.mask is not None:
-            return noise.mask
-        return int(self.number(purpose, step, i) * noise.vocab_size)
-
-    def logits(self, x0, xt, block_size):
-        """The training pass, (L, V)."""
-        x0, xt = torch.tensor([x0]), torch.tensor([xt])
-        return self.model(x0, xt, block_size)[0].float()
-
-    def denoise(self, block, xt):
-        """Logits (L, V) at the noisy tokens xt of a block."""
-        noisy = [0] * self.length
-        noisy[block.start : block.stop] = xt
-        return self.logits(self.tokens, noisy, self.block_size)
-
-    def sample(self, fill):
-        for begin in range(0, self.length, self.block_size):
-            end = min(begin + self.block_size, self.length)
-            block = range(begin, end)
-            xt = [self.pure(sample.PRIOR, 0, i) for i in block]
-            self.tokens[begin:end] = fill(self, block, xt)
-        return self.tokens
-
-
-def arpc_by_hand(direct, block, xt, steps, criterion, temperature=1.0, warmup=0, guide_every=1):
-    noise, begin = direct.model.noise, block.start
-    steps = steps if len(block) > 1 else 1
-    for k in range(steps):
-        alpha_t, alpha_s = k / steps, (k + 1) / steps
-        last = k == steps - 1
-        guided = not last and k >= warmup and (k - warmup) % guide_every == 0
-        logits = direct.denoise(block, xt) / temperature
-        probs = logits.softmax(-1)
-        to = 1.0 if guided else alpha_s
-        for i in block:
-            u = direct.number(sample.REVEAL, k, i)
-            old = torch.tensor(xt[i - begin])
-            xt[i - begin] = int(noise.step(probs[i], old, to, alpha_t, u))
-        if not guided:
-            continue
-        direct.tokens[begin : block.stop] = xt
-        score = arpc_scores_by_hand(direct, block, k, criterion, temperature)
-        count = max(1, round((1 - alpha_s) * len(block)))
-        worst_first = sorted(block, key=score.get, reverse=True)
-        for i in worst_first[:count]:
-            xt[i - begin] = direct.pure(sample.RENOISE, k + 1, i)
-    return xt
-
-
-def arpc_scores_by_hand(direct, block, k, criterion, temperature):
-    if criterion == "random":
-        return {i: direct.number(sample.ACCEPT, k, i) for i in block}
-    positions = range(direct.length)
-    noise = [direct.pure(sample.VERIFY, k, i) for i in positions]
-    logits = direct.logits(direct.tokens, noise, 1) / temperature
-    logp = logits.log_softmax(-1)
-    return {i: -logp[i, direct.tokens[i]].item() for i in block}
-
-
-@pytest.mark.parametrize(
-    "ar, options",
-    [
-        ("paper", dict(criterion="random")),
-        ("paper", dict(criterion="ar_nll")),
-        ("shift", dict(criterion="ar_nll", temperature=0.7)),
-        ("shift", dict(criterion="ar_nll", warmup=1, guide_every=2)),
-        ("shift", dict(criterion="ar_nll", warmup=8, steps=10)),
-    ],
-)
-@EACH_NOISE
-@torch.no_grad()
-def test_arpc_equals_a_direct_implementation(noise, ar, options):
-    model = tiny(noise, ar=ar).double()
-    options = {"steps": 6, **options}
-    fill = partial(arpc_by_hand, **options)
-    expected = Direct(model, block_size=5, seed=3).sample(fill)
-    tokens = samples(
-        model,
-        rows=1,
-        sampler="arpc",
-        block_size=5,
-        seed=3,
-        **options,
-    )
-    assert tokens[0].tolist() == expected
-
-
-def confidence_by_hand(direct, block, xt, threshold, temperature, top_k):
-    free, k = list(block), 0
-    while free:
-        logits = direct.denoise(block, xt) / temperature
-        drawn, confidence = {}, {}
-        for i in free:
-            likely = logits[i].topk(top_k).indices
-            probs = torch.zeros_like(logits[i])
-            probs[likely] = logits[i, likely].softmax(-1)
-            u = direct.number(sample.REVEAL, k, i)
-            drawn[i] = draw(probs, u).item()
-            confidence[i] = probs[drawn[i]].item()
-        likeliest = max(free, key=confidence.get)
-        sure = [i for i in free if i == likeliest or confidence[i] > threshold]
-        for i in sure:
-            xt[i - block.start] = drawn[i]
-        free = [i for i in free if i not in sure]
-        k += 1
-    return xt
-
-
-@BOTH
-@EACH_NOISE
-@torch.no_grad()
-def test_confidence_equals_a_direct_implementation(noise, ar):
-    """What is compared is the probability after temperature and top-k, with which a token was
-    drawn."""
-    model = tiny(noise, ar=ar).double()
-    options = dict(threshold=0.45, temperature=0.6, top_k=4)
-    fill = partial(confidence_by_hand, **options)
-    expected = Direct(model, block_size=5, seed=3).sample(fill)
-    tokens, stats = generate(
-        model,
-        2,
-        21,
-        sampler="confidence",
-        block_size=5,
-        seed=3,
-        **options,
-    )
-    assert tokens[0].tolist() == expected
-    assert 5 < stats["nfe"] < 21
-
-
-def plain_score(criterion, a, d, x, revealed):
-    """A criterion for one token x, as a formula. a and d are the probabilities on the AR and on the
-    diffusion side; there a revealed token is a point mass."""
-    if revealed:
-        d = [float(v == x) for v in range(len(d))]
-
-    def divergence(p, q):
-        pairs = zip(p, q)
-        return sum(p_v * math.log(p_v / q_v) for p_v, q_v in pairs if p_v)
-
-    def entropy(p):
-        return -sum(p_v * math.log(p_v) for p_v in p if p_v)
-
-    nll = -math.log(a[x])
-    first, second = sorted(d, reverse=True)[:2]
-    if criterion == "kld":
-        return nll if revealed else divergence(a, d)
-    if criterion == "reverse_kld":
-        return divergence(d, a)
-    if criterion == "tvd":
-        distances = [abs(a_v - d_v) for a_v, d_v in zip(a, d)]
-        return sum(distances) / 2
-    return dict(
-        ar_nll=nll,
-        ar_gap=math.log(max(a)) + nll,
-        ar_entropy=entropy(a),
-        diffusion_entropy=entropy(d),
-        diffusion_confidence=-first,
-        diffusion_margin=second - first,
-    )[criterion]
-
-
-@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c != "random"])
-@EACH_NOISE
-def test_arpc_scores_equal_their_formulas(noise, criterion):
-    """Under masked noise some tokens were revealed before."""
-    torch.manual_seed(0)
-    noise = NOISES[noise](6)
-    ar, diffusion = torch.randn(2, 30, 6)
-    x, other = torch.randint(0, 6, (2, 30))
-    revealed = torch.rand(30) < 0.4
-    if noise.mask is None:
-        revealed[:] = False
-        xt = other
-    else:
-        xt = torch.where(revealed, x, noise.mask)
-    run = SimpleNamespace(
-        options=sample.Options(sampler="arpc", criterion=criterion),
-        model=SimpleNamespace(noise=noise),
-        verify=lambda *_: ar[None],
-    )
-    scores = sample.arpc_score(run, x[None], xt[None], diffusion[None], 0)[0]
-    a = ar.double().softmax(-1)
-    d = diffusion.double().softmax(-1)
-    rows = zip(a.tolist(), d.tolist(), x.tolist(), revealed.tolist())
-    plain = [plain_score(criterion, *row) for row in rows]
-    assert scores.tolist() == pytest.approx(plain, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "score, free, expected",
-    [
-        ([3, 9, 2, 5], [1, 0, 1, 1], [1, 0, 0, 1]),
-        ([1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]),
-        ([7, 8, 9, 6], [1, 0, 0, 0], [1, 0, 0, 0]),
-    ],
-)
-def test_what_goes_back_to_noise_is_free_and_worst(score, free, expected):
-    """Two of four tokens."""
-    score = torch.tensor([score]).float()
-    free = torch.tensor([free]).bool()
-    chosen = sample.highest(score, free, 2)
-    assert chosen[0].long().tolist() == expected
-
-
-CHANGES = dict(
-    block_size=7,
-    steps=5,
-    criterion="kld",
-    warmup=2,
-    guide_every=2,
-    threshold=0.1,
-)
-FOR_ALL = dict(
-    temperature=0.5,
-    top_k=3,
-    seed=1,
-    stop=6,
-)
-BLOCKS = {"block_size"}
-STEPS = BLOCKS | {"steps", "schedule"}
-USED = dict(  # those of CHANGES that are for a sampler
-    ar=set(),
-    ancestral=STEPS,
-    arpc=STEPS | {"criterion", "warmup", "guide_every"},
-    confidence=BLOCKS | {"threshold"},
-    speculative=BLOCKS,
-)
-
-
-@EACH_SAMPLER
-def test_every_option_changes_the_sample(sampler):
-    """Of the samplers that it is for, and of no other."""
-    model = tiny("uniform")
-    base = dict(sampler=sampler, block_size=5, steps=6)
-    reference = samples(model, 8, **base)
-    used = USED[sampler] | FOR_ALL.keys()
-    for name, value in {**CHANGES, **FOR_ALL}.items():
-        tokens = samples(model, 8, **{**base, name: value})
-        changed = not torch.equal(tokens, reference)
-        assert changed == (name in used), name
-
-
-def test_the_schedule_is_the_one_of_training():
-    write = partial(samples, rows=8, sampler="ancestral", block_size=7, steps=4)
-    linear, cosine = tiny(schedule="linear"), tiny(schedule="cosine")
-    assert not torch.equal(write(linear), write(cosine))
-
-
-@EACH_SAMPLER
-def test_a_block_is_at_most_the_length(sampler):
-    model = tiny("uniform", seq_len=13)
-    write = partial(samples, model, 3, sampler=sampler)
-    assert torch.equal(write(block_size=100), write(block_size=13))
-
-
-@EACH_SAMPLER
-def test_rows_stop_at_their_end_token(sampler):
-    """The prompt's own end tokens do not count, nor do those before something given."""
-    model = tiny()
-    end = 3
-    model.head.bias.data[end] = 6.0  # likely
-    given = torch.full((6, 21), -1)
-    given[:, :4] = end
-    given[0, 20] = 7
-    tokens = samples(model, 6, sampler=sampler, given=given, stop=end)
-    assert tokens[0, 20] == 7
-    assert (tokens[:, :4] == end).all()
-    for row in tokens[1:, 4:].tolist():
-        assert end in row
-        behind = row[row.index(end) :]
-        assert set(behind) == {end}
-    measure = partial(
-        statistics,
-        model,
-        rows=5,
-        sampler=sampler,
-        given=given[1:],
-        block_size=2,
-    )
-    early, late = measure(stop=end), measure()
-    assert early["nfe"] < late["nfe"]
-    assert early["tokens"] < late["tokens"]
-
-
-@EACH_SAMPLER
-def test_a_stopped_row_does_not_hold_back_the_batch(sampler):
-    """A row that ends at once costs as many passes as one that was given, and the other rows stay
-    the same."""
-    model = tiny()
-    logits, end = model.logits, 3
-
-    def first_row_ends(states):
-        boost = torch.zeros(len(states), 1, 11)
-        boost[0, :, end] = 100
-        return logits(states) + boost
-
-    model.logits = first_row_ends
-    write = partial(
-        generate,
-        model,
-        4,
-        21,
-        sampler=sampler,
-        block_size=4,
-        steps=1,
-        stop=end,
-    )
-    given = torch.full((4, 21), -1)
-    tokens, stats = write(given=given)
-    assert (tokens[0] == end).all()
-    given[0] = end
-    expected, expected_stats = write(given=given)
-    assert torch.equal(tokens, expected)
-    assert stats["nfe"] == expected_stats["nfe"]
-    assert stats["tokens"] == expected_stats["tokens"] + 1
+def test_heads_begin_by_looking_back():
+    """Before training, where the norm's output is zero, the first head's scores are highest one
+    position back, and the last head has no preference."""
+    model = BlockGen(Config(n_layer=1, n_head=4))
+    cos, sin = model.rotary
+    zeros = torch.zeros(1, 128, 128)
+    q, k, _ = model.blocks[0].before(zeros, cos, sin)  # (1, H, L, D)
+    scores = (q @ k.mT)[0, :, -1]  # (H, L) of the last query
+    assert scores[0].argmax() == 126
+    assert scores[0].max() > scores[0].mean() + 1
+    assert scores[3].max() == scores[3].min()
+
+
+def test_other_norms_and_layers_are_initialized(monkeypatch):
+    """What a student changes first: a norm without a bias, other layers that add to the stream."""
+    monkeypatch.setattr(torch.nn, "LayerNorm", torch.nn.RMSNorm)
+    outputs = blockgen.Block.outputs
+    monkeypatch.setattr(blockgen.Block, "outputs", lambda block: [block.mlp[0], *outputs(block)])
+    model = BlockGen(Config(n_layer=4))
+    stds = {name: p.std().item() for name, p in model.blocks[0].named_parameters()}
+    assert stds["mlp.0.weight"] == pytest.approx(stds["attn_out.weight"], rel=0.1)
+    assert stds["attn_qkv.weight"] == pytest.approx(8**0.5 * stds["mlp.2.weight"], rel=0.1)
+    assert stds["mlp.2.weight"] == pytest.approx(0.5 * 128**-0.5 / 8**0.5, rel=0.1)
+    assert model.embedding.weight.std().item() == pytest.approx(128**-0.5, rel=0.1)
+
+
+def test_settings_are_checked_in_subclasses_too():
+    @dataclass
+    class Mine(Config):
+        flavor: Literal["sweet", "sour"] = "sweet"
+
+    assert Mine().flavor == "sweet"
+    for wrong in (dict(flavor="bitter"), dict(noise="gaussian"), dict(ar="none")):
+        [(name, value)] = wrong.items()
+        with pytest.raises(UserError, match=f"{name} is {value}, but must be one of"):
+            Mine(**wrong)
+    with pytest.raises(UserError, match="n_head"):
+        Config(n_embd=20, n_head=4)
+    with pytest.raises(UserError, match="ar must be paper"):
+        Config(token_causal=False)
+
+
+ALONE = """
+import torch, blockgen
+torch.manual_seed(0)
+model = blockgen.BlockGen(blockgen.Config(vocab_size=5, seq_len=8, n_layer=1, n_embd=16, n_head=2))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+x0 = torch.arange(8).remainder(5).expand(4, 8)
+for step in range(200):
+    t, u = torch.rand(2, 4, 8, dtype=torch.float64)
+    sizes = torch.tensor([1, 4, 4, 8])
+    loss = model(blockgen.Batch(x0, sizes, t.clamp(min=0.1), u, x0 < 0)).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+with torch.no_grad():
+    cache = model.new_cache(4)
+    logits = model.denoise(torch.full((4, 4), 5), cache, x0[:, :4])
+print(logits.argmax(-1)[0].tolist())
+"""
+
+
+def test_the_model_stands_alone(tmp_path):
+    """Two files in an empty folder train and generate."""
+    for name in ("blockgen.py", "kernels.py"):
+        shutil.copy(f"{HERE}/{name}", tmp_path)
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[4, 0, 1, 2]\n", "")
+
+
+def test_compiled_blocks_share_two_graphs_and_change_no_gradient():
+    """Of all layers, at all block sizes: attention stands between two graphs."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain = tiny(n_layer=3)
+    compiled = copy.deepcopy(plain)
+    for block in compiled.blocks:
+        block.before = torch.compile(block.before, backend="aot_eager")
+        block.after = torch.compile(block.after, backend="aot_eager")
+    for sizes in ([1, 4, 5], [16, 21, 16], [2, 8, 1]):
+        batch = loss_inputs()._replace(block_size=torch.tensor(sizes))
+        gradients = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            model(batch, ar_weight=0.5).sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert close(*gradients, 1e-4)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 # ----------------------------------------------------------------------------------------------
-# Likelihood
+# Devices and checkpoints
 
 
-@BOTH
-@EACH_NOISE
-@torch.no_grad()
-def test_the_bounds_are_bounds(noise, ar):
-    """For a model small enough to enumerate: NELBO(3), and the bounds of a mixture of block sizes 1
-    and 3, against the exact likelihoods. p_3 is the law of ancestral sampling in many steps."""
-    model = tiny(noise, vocab_size=V, seq_len=n, ar=ar)
-    nelbo = expected_nelbo(model, STATES).sum(1)
-
-    def denoiser(xt, alpha):
-        logits = model(torch.zeros_like(xt), xt, n)
-        return logits.double().softmax(-1)
-
-    p3 = ancestral_law(model.noise, denoiser, 500)
-    assert (nelbo > -p3.log() - 1e-3).all()
-    assert (nelbo > -p3.log() + 1e-3).any()
-
-    weights = [0.3, 0.7]
-    p1 = exact_likelihood(model)
-    both = torch.stack([-p1.log(), nelbo])
-    truth = -(0.3 * p1 + 0.7 * p3).log()
-    jensen, other = train.mixture_bounds(both, weights)
-    assert close(jensen, 0.3 * both[0] + 0.7 * both[1], 1e-9)
-    assert (jensen > truth - 1e-3).all()
-    assert (other > truth - 1e-3).all()
-
-    far = both + torch.tensor([[0.0], [20.0]])  # where one size is far better, it is log-sum-exp
-    jensen, other = train.mixture_bounds(far, weights)
-    tightest = log_sum_exp(far, weights)
-    assert close(other.mean(), tightest.mean(), 0.02)
-    assert other.mean() < jensen.mean() - 1
-
-    torch.manual_seed(0)  # log-sum-exp of noisy estimates sinks below the truth; these do not
-    noisy = both.repeat(1, 3000)
-    noisy += 5 * torch.randn_like(noisy)
-    naive = log_sum_exp(noisy, weights)
-    assert naive.mean() < truth.mean() - 0.5
-    for bound in train.mixture_bounds(noisy, weights):
-        assert bound.mean() > truth.mean()
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch believes in two GPUs; they can do nothing. What it is told: .current, .capability."""
+    told = SimpleNamespace(current=None, capability=(9, 0))
+    fakes = dict(
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        set_device=lambda device: setattr(told, "current", str(device)),
+        get_device_capability=lambda device=None: told.capability,
+        is_bf16_supported=lambda *_, **__: True,  # this counts emulation: it says so of a T4 too
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    return told
 
 
-def log_sum_exp(total, weights):
-    """-log sum_S w_S exp(-NELBO_S): the tightest bound, but none of noisy estimates."""
-    log_w = torch.tensor(weights, dtype=DOUBLE).log()
-    return -torch.logsumexp(log_w[:, None] - total, 0)
+def test_a_gpu_has_an_index(gpu):
+    expected = {"auto": 0, "cuda": 0, "cuda:0": 0, "cuda:1": 1, "cpu": None}
+    for name, index in expected.items():
+        gpu.current = None
+        device = blockgen.find_device(name)
+        assert (device.type, device.index) == ("cpu" if index is None else "cuda", index)
+        assert gpu.current == (None if index is None else f"cuda:{index}")
+    for name in ("cuda:2", "cuda:x", "meta", "mps", ""):
+        with pytest.raises(UserError, match=f"--device={name}"):
+            blockgen.find_device(name)
 
 
-def test_mixture_bounds_of_few_noisy_sequences():
-    """16 sequences, two block sizes of the same NELBO, 500 nats, each with an error of 30. Averaged
-    over many such tables no bound is below 500; the better one of a table would be."""
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
+    """By name: whoever changed the code since reads which field or key differs."""
+    path = f"{tmp_path}/ckpt.pt"
+    model = tiny()
+    weights, config = model.state_dict(), asdict(model.config)
+    without_gain = {name: x for name, x in weights.items() if name != "noisy_gain"}
+    without_tied = {name: x for name, x in config.items() if name != "tied"}
+    cases = {
+        "noisy_gain": (config, without_gain),
+        "norm.weight": (config, {**weights, "norm.weight": torch.ones(7)}),
+        "not finite": (config, {**weights, "norm.bias": weights["norm.bias"] / 0}),
+        "flavor": ({**config, "flavor": 1}, weights),
+        "tied": (without_tied, weights),
+    }
+    for word, (config, weights) in cases.items():
+        torch.save(dict(config=config, model=weights), path)
+        with pytest.raises(UserError, match=word) as error:
+            blockgen.load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    torch.save(weights, path)
+    half = open(path, "rb").read()[:500]
+    for content in (half, b"", b"text"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            blockgen.load_checkpoint(path)
+        with open(path, "wb") as file:
+            file.write(content)
+    with pytest.raises(UserError, match="nowhere.pt is missing"):
+        blockgen.load_checkpoint(f"{tmp_path}/nowhere.pt")
+
+
+def test_checkpoints_hold_the_best_weights(tmp_path, monkeypatch):
+    """The best in validation, else the average, else what there is; in bfloat16, too. A save that
+    fails leaves the old file, and nothing else."""
+    path = f"{tmp_path}/ckpt.pt"
+    names = ["model", "average", "best"]
+    models = [tiny(seed=i).state_dict() for i in range(3)]
+    config = asdict(tiny().config)
+    for n_kinds in (1, 2, 3):
+        kinds = dict(zip(names[:n_kinds], models))
+        blockgen.save_checkpoint(path, config=config, **kinds)
+        loaded, _ = blockgen.load_checkpoint(path)
+        assert not loaded.training
+        assert torch.equal(loaded.norm.bias, models[n_kinds - 1]["norm.bias"])
+    half = {name: x.bfloat16() for name, x in models[0].items()}
+    blockgen.save_checkpoint(path, config=config, model=half)
+    assert close(blockgen.load_checkpoint(path)[0].norm.bias, models[0]["norm.bias"], 1e-2)
+
+    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") / 0)
+    with pytest.raises(ZeroDivisionError):
+        blockgen.save_checkpoint(path)
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+    blockgen.load_checkpoint(path)
+
+
+# ----------------------------------------------------------------------------------------------
+# Published checkpoints
+
+PUBLISHED = dict(
+    name="blockgen",
+    type="ddit",
+    hidden_size=24,
+    cond_dim=10,
+    length=21,
+    n_blocks=2,
+    n_heads=2,
+    dropout=0.1,
+    attn_backend="flash_attn",
+    x0_causal=True,
+)
+
+
+def published_tensors(noise, K=50258):
+    """Random weights in the published layout, none of them trivial but what the mask's row of the
+    head is, which never got a gradient."""
     torch.manual_seed(0)
-    tables = []
-    for _ in range(4000):
-        total = 500 + 30 * torch.randn(2, 16, dtype=DOUBLE)
-        bounds = train.mixture_bounds(total, [0.5, 0.5])
-        tables.append(torch.stack(bounds).mean(1))
-    tables = torch.stack(tables)  # (tables, 2)
-    error = tables.std(0) / math.sqrt(len(tables))
-    assert (tables.mean(0) > 500 - 4 * error).all()
-    assert tables.amin(1).mean() < 500 - 10 * error.max()
+    d, c = PUBLISHED["hidden_size"], PUBLISHED["cond_dim"]
+    layers = {  # (outputs, inputs); these have biases
+        "sigma_map.mlp.0": (c, 256),
+        "sigma_map.mlp.2": (c, c),
+        "output_layer.linear": (K, d),
+        "output_layer.adaLN_modulation": (2 * d, c),
+    }
+    others = {"vocab_embed.embedding": (K, d), "output_layer.norm_final.weight": (d,)}
+    for i in range(PUBLISHED["n_blocks"]):
+        block = f"blocks.{i}"
+        layers[f"{block}.mlp.0"] = (4 * d, d)
+        layers[f"{block}.mlp.2"] = (d, 4 * d)
+        layers[f"{block}.adaLN_modulation"] = (6 * d, c)
+        others[f"{block}.attn_qkv.weight"] = (3 * d, d)
+        others[f"{block}.attn_out.weight"] = (d, d)
+        others[f"{block}.norm1.weight"] = others[f"{block}.norm2.weight"] = (d,)
+    for name, shape in layers.items():
+        others |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    tensors = {name: 0.2 * torch.randn(shape) + ("norm" in name) for name, shape in others.items()}
+    if noise == "masked":
+        tensors["output_layer.linear.weight"][-1] = 0
+        tensors["output_layer.linear.bias"][-1] = 0
+    return tensors
 
 
-@BOTH
-@EACH_NOISE
+def write_published(folder, tensors, **config):
+    """The folder, as a str."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    os.makedirs(folder, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(PUBLISHED | config))
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    return str(folder)
+
+
+def published_forward(w, x0, xt, S, token_causal):
+    """Logits (N, L, K) of the noisy half, by the network as its layout describes it, unfolded:
+    adaLN at every layer."""
+    L, d = x0.shape[1], PUBLISHED["hidden_size"]
+    mask = kernels.train_view(L, S, token_causal).dense(2 * L)
+
+    def layer(x, name):
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def norm(x, name, shift, scale):
+        return F.layer_norm(x, (d,), w[f"{name}.weight"]) * (1 + scale) + shift
+
+    def rotate(x):
+        inv_freq = 10000.0 ** -(torch.arange(0, 12, 2) / 12)
+        angle = torch.arange(L).repeat(2)[:, None] * inv_freq
+        turn = torch.polar(torch.ones_like(angle), angle)
+        a, b = x.chunk(2, -1)
+        turned = torch.complex(a, b) * turn
+        return torch.cat([turned.real, turned.imag], -1)
+
+    def attention(x, name):
+        qkv = layer(x, f"{name}.attn_qkv").chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (PUBLISHED["n_heads"], -1)).transpose(1, 2) for y in qkv)
+        o = F.scaled_dot_product_attention(rotate(q), rotate(k), v, mask)
+        return layer(o.transpose(1, 2).flatten(2), f"{name}.attn_out")
+
+    time = torch.tensor([1.0] * 128 + [0.0] * 128)
+    condition = F.silu(layer(F.silu(layer(time, "sigma_map.mlp.0")), "sigma_map.mlp.2"))
+    x = w["vocab_embed.embedding"][torch.cat([x0, xt], 1)]
+    for i in range(PUBLISHED["n_blocks"]):
+        name = f"blocks.{i}"
+        modulation = layer(condition, f"{name}.adaLN_modulation")
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
+        x = x + gate1 * attention(norm(x, f"{name}.norm1", shift1, scale1), name)
+        h = layer(norm(x, f"{name}.norm2", shift2, scale2), f"{name}.mlp.0")
+        x = x + gate2 * layer(F.gelu(h, approximate="tanh"), f"{name}.mlp.2")
+    shift, scale = layer(condition, "output_layer.adaLN_modulation").chunk(2)
+    x = norm(x, "output_layer.norm_final", shift, scale)
+    return layer(x[:, L:], "output_layer.linear")
+
+
+@pytest.mark.parametrize("token_causal", [True, False])
+@pytest.mark.parametrize("noise", ["masked", "uniform"])
 @torch.no_grad()
-def test_evaluation_is_unbiased_and_in_float64(noise, ar):
-    """Its mean is the NELBO, by enumeration."""
-    model = tiny(noise, vocab_size=V, seq_len=n, ar=ar)
-    nelbo = expected_nelbo(model, STATES).sum(1)
-    token_losses, levels = model.token_losses, []
+def test_published_weights_give_the_logits_of_their_layout(noise, token_causal, tmp_path):
+    """The noise is read off the head."""
+    w = published_tensors(noise)
+    folder = write_published(tmp_path, w, x0_causal=token_causal)
+    model, content = blockgen.load_checkpoint(folder)
+    size = 50257 if noise == "masked" else 50258
+    assert (model.config.noise, model.config.vocab_size) == (noise, size)
+    tokenizer = content["meta"]["tokenizer"]
+    assert (tokenizer["kind"], tokenizer["start"], tokenizer["end"]) == ("gpt2", 50256, 50256)
+    assert content["args"] == {}
+    x0 = torch.randint(size, (2, 21))
+    xt = model.noise.corrupt(x0, 0.5)
+    for S in (1, 4):
+        expected = published_forward(w, x0, xt, S, token_causal)[..., :size]
+        assert close(predict(model, x0, xt, S), expected, 1e-5)
 
-    def record(x0, block_size, t, *rest):
-        levels.append(t)
-        return token_losses(x0, block_size, t, *rest)
 
-    model.token_losses = record
-    draws = []
-    for seed in range(600):
-        rows = model, STATES.numpy(), {}, n, len(STATES)
-        each, _ = train.evaluate(*rows, batch_size=27, seed=seed)
-        draws.append(each.mean() * n)
-    draws = torch.stack(draws)
-    error = draws.std() / math.sqrt(600)
-    assert abs(draws.mean() - nelbo.mean()) < 4 * error + 1e-4
-    levels = torch.cat(levels)
-    assert levels.dtype == DOUBLE
-    assert 1e-6 < levels.min() < 5e-4  # it does not begin at 1e-3, as in training
+def small_tokenizer(*special, size=30):
+    """The text of a tokenizer.json of single characters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=list(special))
+    tokenizer.train_from_iterator(["abcdefghij 0123456789\\n+="], trainer)
+    return tokenizer.to_str()
+
+
+def test_the_tokenizer_of_published_weights(tmp_path):
+    """A tokenizer.json beside them, which must fit; without it GPT-2's number of tokens."""
+    path = tmp_path / "tokenizer.json"
+
+    def tokenizer(n_tokens, text):
+        write_published(tmp_path, published_tensors("uniform", n_tokens))
+        path.write_text(text)
+        return blockgen.read_checkpoint(str(tmp_path))["meta"]["tokenizer"]
+
+    text = small_tokenizer("<s>", "</s>")
+    found = tokenizer(40, text)
+    assert found == dict(kind="json", json=text, vocab_size=30, start=0, end=1, separator="\\n")
+    found = tokenizer(40, small_tokenizer("<|endoftext|>"))
+    assert (found["start"], found["end"]) == (0, 0)
+    for n_tokens, special, words in ((40, "[X]", "needs one of"), (9, "</s>", "only 9 tokens")):
+        with pytest.raises(UserError, match=words):
+            tokenizer(n_tokens, small_tokenizer(special))
+    path.unlink()
+    with pytest.raises(UserError, match="put the tokenizer.json"):
+        blockgen.load_checkpoint(str(tmp_path))
+
+
+def test_published_tensors_that_do_not_fit_are_refused(tmp_path):
+    """By name."""
+    tensors = published_tensors("masked")
+    for name in ("blocks.1.mlp.0.bias", "vocab_embed.embedding"):
+        some = {other: x for other, x in tensors.items() if other != name}
+        with pytest.raises(UserError, match=name):
+            blockgen.load_checkpoint(write_published(tmp_path, some))
+    folder = write_published(tmp_path, tensors, n_heads=4)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="length"):
+        blockgen.load_checkpoint(folder)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        blockgen.load_checkpoint(folder)
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention
+# Attention: who sees whom
 
 
+CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
-PATHS = [
-    kernels.attention_torch,
-    pytest.param(kernels.attention_triton, marks=needs_triton),
-]
-
-
-def random_view(n_rows, n_queries, n_keys):
-    """Any bounds with which each query sees something: overlapping, empty, a fifth of the queries
-    without a prefix. n_rows 0: one view for all rows."""
-    shape = (n_rows, n_queries) if n_rows else (n_queries,)
-    prefix, start, end = torch.randint(0, n_keys + 1, (3, *shape))
-    prefix = prefix.clamp(min=1)
-    no_prefix = torch.rand(shape) < 0.2
-    start = torch.where(no_prefix, start % n_keys, start)
-    end = torch.where(no_prefix, torch.maximum(end, start + 1), end)
-    return kernels.View(prefix.masked_fill(no_prefix, 0), start, end)
-
-
-def every_view(n_rows, L, S):
-    block_sizes = torch.tensor([max(1, S // 2)] + [S] * (n_rows - 1))
-    return [
-        kernels.train_view(L, S),
-        kernels.train_view(L, S, token_causal=False),
-        kernels.train_view(L, block_sizes),
-        kernels.denoise_view(0, 2 * L, 0),
-        random_view(0, 2 * L, 2 * L),
-        random_view(n_rows, 2 * L, 2 * L),
-    ]
-
-
-def with_gradients(attention, inputs, view, grad):
-    """[o, dq, dk, dv]"""
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    o = attention(*inputs, view)
-    return [o, *torch.autograd.grad(o, inputs, grad.to(o.dtype))]
-
-
-def largest_error(attention, inputs, view):
-    """Of o, dq, dk, dv against the textbook in float64, relative to the largest value."""
-    grad = torch.randn_like(inputs[0])
-    ours = with_gradients(attention, inputs, view, grad)
-    exact = with_gradients(kernels.attention_naive, [x.double() for x in inputs], view, grad)
-    errors = []
-    for a, b in zip(ours, exact):
-        scale = b.abs().max().clamp(min=1)
-        error = (a.double() - b).abs().max() / scale
-        errors.append(error.nan_to_num(math.inf))
-    return max(errors)
-
-
-def random_inputs(n_rows, n_heads, n_queries, n_keys, D, dtype=torch.float32):
-    def make(length):
-        return torch.randn(n_rows, n_heads, length, D, dtype=dtype)
-
-    return make(n_queries), make(n_keys), make(n_keys)
-
-
-def pairs(n_queries, n_keys):
-    return itertools.product(range(n_queries), range(n_keys))
+PATHS = [kernels.attention_torch, kernels.attention_triton][: 1 + (kernels.triton is not None)]
+EACH_PATH = pytest.mark.parametrize("attention", PATHS)
 
 
 def test_train_view_is_its_definition():
     L, S = 11, 4
-    for token_causal in (True, False):
+    query, key = torch.arange(2 * L)[:, None], torch.arange(2 * L)
+    query_block, key_block = query % L // S, key % L // S
+    noisy = torch.where(key < L, key_block < query_block, key_block == query_block)
+    clean_by_block = (key < L) & (key_block <= query_block)
+    for token_causal, clean in ((True, key <= query), (False, clean_by_block)):
         seen = kernels.train_view(L, S, token_causal).dense(2 * L)
-        for i, j in pairs(2 * L, 2 * L):
-            query_block = i % L // S
-            key_block = j % L // S
-            if i < L and token_causal:
-                expected = j <= i
-            elif i < L:
-                expected = j < L and key_block <= query_block
-            elif j < L:
-                expected = key_block < query_block
-            else:
-                expected = key_block == query_block
-            assert seen[i, j] == expected
-    sizes = torch.tensor([1, 4, 11])
-    mixed = kernels.train_view(L, sizes).dense(2 * L)
+        assert torch.equal(seen, torch.where(query < L, clean, noisy))
+    mixed = kernels.train_view(L, torch.tensor([1, 4, 11])).dense(2 * L)
     for row, S in zip(mixed, (1, 4, 11)):
         assert torch.equal(row, kernels.train_view(L, S).dense(2 * L))
 
 
-def test_generation_views_are_their_definitions():
+def test_denoise_view_is_its_definition():
     C, c, n = 5, 7, 3
-    for block_size in (1, 3):
-        seen = kernels.denoise_view(C, c, n, block_size).dense(C + c + n + 2)
-        for i, j in pairs(c + n, C + c + n + 2):
-            if i >= c:
-                last = c + n
-            else:
-                last = min(c, (i // block_size + 1) * block_size)
-            assert seen[i, j] == (j < C + last)
-    seen = kernels.verify_view(C, n).dense(C + 2 * n)
-    for i, j in pairs(n, C + 2 * n):
-        assert seen[i, j] == (j <= C + i)
-        assert seen[n + i, j] == (j < C + i or j == C + n + i)
-    causal = kernels.denoise_view(C, n, 0).dense(20)
-    for i, j in pairs(n, 20):
-        assert causal[i, j] == (j <= C + i)
+    query, key = torch.arange(c + n)[:, None], torch.arange(C + c + n + 2)
+    for S in (1, 3):
+        block_end = (query // S + 1) * S
+        last = torch.where(query < c, block_end.clamp(max=c), c + n)
+        assert torch.equal(kernels.denoise_view(C, c, n, S).dense(len(key)), key < C + last)
 
 
-def test_generation_makes_its_views_and_masks_once():
-    kernels.denoise_view.cache_clear()
-    before = kernels.make_masks.cache_info().misses
-    q, k, v = random_inputs(1, 1, 16, 200, 8)
-    for _ in range(16):
-        kernels.block_attention(q, k, v, kernels.denoise_view(100, 0, 16))
-    assert kernels.make_masks.cache_info().misses == before + 1
+DRAWN = [
+    (kernels.train_view, (4, 2)),
+    (kernels.denoise_view, (3, 2, 2)),
+    (kernels.verify_view, (2, 2)),
+]
 
 
-@pytest.mark.parametrize(
-    "n_rows, n_heads, L, S, D",
-    [
-        (1, 2, 1, 1, 16),
-        (2, 2, 50, 7, 32),
-        (3, 2, 200, 16, 24),
-        (2, 1, 333, 333, 8),
-    ],
-)
-def test_torch_is_textbook_attention(n_rows, n_heads, L, S, D):
-    torch.manual_seed(0)
-    inputs = random_inputs(n_rows, n_heads, 2 * L, 2 * L, D)
-    for view in every_view(n_rows, L, S):
-        assert largest_error(kernels.attention_torch, inputs, view) < 1e-5
+@pytest.mark.parametrize("make_view, inputs", DRAWN)
+def test_views_are_as_drawn(make_view, inputs):
+    """In their docstrings."""
+    lines = make_view.__doc__.splitlines()
+    head = next(line for line in lines if "[start, end)" in line)
+    columns = [i for i, letter in enumerate(head) if letter.isdigit()]
+    rows = [line for line in lines if re.search(r"(empty|\d\))$", line)]
+    drawn = torch.tensor([[row[i] == "x" for i in columns] for row in rows])
+    assert torch.equal(make_view(*inputs).dense(len(columns)), drawn)
 
 
-@needs_triton
+# --------------------------------------------------------------------------------------------------
+# Attention, in PyTorch and in Triton's interpreter
+
+
+def random_view(n_keys, *shape):
+    """Any bounds with which each query sees something: overlapping, empty, a fifth of the queries
+    without a prefix."""
+    prefix, start, end = torch.randint(n_keys + 1, (3, *shape))
+    prefix[torch.rand(shape) < 0.2] = 0
+    start = start.clamp(max=n_keys - 1)
+    own = torch.maximum(end, start + 1)
+    return kernels.View(prefix, start, torch.where(prefix == 0, own, end))
+
+
+def random_qkv(length, D, dtype=torch.float32):
+    """(3, N, H, length, D) as the model has them: slices of one projection, not contiguous."""
+    qkv = torch.randn(2, length, 3, 2, D, dtype=dtype)
+    return qkv.permute(2, 0, 3, 1, 4)
+
+
+def with_gradients(attention, inputs, view, grad):
+    """[o, dq, dk, dv]"""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    o = attention(*inputs, view)
+    return [o, *torch.autograd.grad(o, inputs, grad.to(o.dtype))]
+
+
+@EACH_PATH
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 2e-3)])
-@pytest.mark.parametrize(
-    "n_rows, n_heads, L, S, D",
-    [
-        (1, 2, 1, 1, 16),
-        (2, 1, 50, 7, 32),
-        (2, 1, 81, 16, 24),
-        (1, 1, 40, 1, 128),
-        (1, 1, 66, 66, 5),
-    ],
-)
-def test_triton_is_textbook_attention(n_rows, n_heads, L, S, D, dtype, tolerance):
+@pytest.mark.parametrize("L, S, D", [(1, 1, 16), (81, 16, 24), (20, 1, 128), (40, 40, 5)])
+def test_attention_is_the_textbooks(attention, dtype, tolerance, L, S, D):
     torch.manual_seed(0)
-    inputs = random_inputs(n_rows, n_heads, 2 * L, 2 * L, D, dtype)
-    for view in every_view(n_rows, L, S):
-        assert largest_error(kernels.attention_triton, inputs, view) < tolerance
+    qkv = random_qkv(2 * L, D, dtype)
+    grad = torch.randn_like(qkv[0])
+    mixed = kernels.train_view(L, torch.tensor([max(1, S // 2), S]))
+    for view in (mixed, random_view(2 * L, 2 * L), random_view(2 * L, 2, 2 * L)):
+        ours = with_gradients(attention, qkv, view, grad)
+        exact = with_gradients(kernels.attention_naive, qkv.double(), view, grad)
+        for a, b in zip(ours, exact):
+            assert close(a, b, tolerance * b.abs().max().clamp(min=1))
 
 
-@needs_triton
-def test_triton_in_bfloat16(monkeypatch):
-    """The interpreter's own product of bfloat16 tiles is wrong: it multiplies their bits."""
-    from triton.runtime import interpreter
-
-    def wide(x):
-        if x.dtype.scalar != interpreter.tl.bfloat16:
-            return x.data
-        bits = x.data.astype(np.uint32) << 16
-        return bits.view(np.float32)
-
-    def dot(self, a, b, d, *_):
-        product = np.matmul(wide(a), wide(b), dtype=d.data.dtype)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-    torch.manual_seed(0)
-    inputs = random_inputs(2, 1, 70, 70, 24, torch.bfloat16)
-    for view in every_view(2, 35, 7):
-        assert largest_error(kernels.attention_triton, inputs, view) < 2e-2
-
-
-@pytest.mark.parametrize("attention", PATHS)
-def test_attention_of_slices_of_one_projection(attention):
-    """q, k and v as the model has them: not contiguous."""
-    torch.manual_seed(0)
-    qkv = torch.randn(2, 140, 3, 2, 16).permute(2, 0, 3, 1, 4)  # (3, N, H, Q, D)
-    grad = torch.randn(2, 140, 2, 16).transpose(1, 2)
-    view = kernels.train_view(70, 8)
-    ours = with_gradients(attention, qkv, view, grad)
-    exact = with_gradients(kernels.attention_naive, qkv.double(), view, grad)
-    for a, b in zip(ours, exact):
-        assert close(a, b, 1e-5)
-
-
-@pytest.mark.parametrize("attention", PATHS)
+@EACH_PATH
 @pytest.mark.parametrize(
     "view, valid",
     [
-        (kernels.denoise_view(100, 5, 12), 117),
         (kernels.denoise_view(64, 6, 11, 3), 81),
-        (kernels.denoise_view(0, 0, 16), 16),
         (kernels.denoise_view(70, 0, 1), 71),
-        (kernels.verify_view(60, 8), 76),
         (kernels.verify_view(5, 70), 145),
-        (kernels.denoise_view(3, 135, 0), 138),
     ],
 )
 def test_nothing_is_read_behind_the_last_visible_key(attention, view, valid):
     torch.manual_seed(0)
-    q, k, v = random_inputs(2, 2, len(view.prefix), 150, 16)
-    grad = torch.randn_like(q)
-    exact = with_gradients(kernels.attention_naive, (q, k, v), view, grad)
-    k[:, :, valid:] = 1e4
-    v[:, :, valid:] = 1e4
-    ours = with_gradients(attention, (q, k, v), view, grad)
-    for a, b in zip(ours, exact):
+    q = torch.randn(2, 2, len(view.prefix), 16)
+    kv = torch.randn(2, 2, 2, 150, 16)
+    exact = with_gradients(kernels.attention_naive, (q, *kv), view, q)
+    kv[..., valid:, :] = 1e4
+    for a, b in zip(with_gradients(attention, (q, *kv), view, q), exact):
         assert close(a, b, 1e-5)
 
 
-def peak_memory(run):
-    """The most bytes that run() holds at a time."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as trace:
-        run()
-    events = trace.profiler.kineto_results.events()
-    changes = [e.nbytes() for e in events if e.name() == "[memory]"]
-    return max(itertools.accumulate(changes))
-
-
-@pytest.mark.parametrize("L", [32, 256, 1024])
-def test_torch_attention_needs_no_more_memory_than_a_dense_mask(L):
-    view = kernels.train_view(L, 16)
-    inputs = [torch.randn(2, 2, 2 * L, 32, requires_grad=True) for _ in range(3)]
-
-    def dense(q, k, v):
-        mask = view.dense(2 * L)
-        return F.scaled_dot_product_attention(q, k, v, mask)
-
-    def sparse(q, k, v):
-        return kernels.attention_torch(q, k, v, view)
-
-    def peak(attention):
-        def run():
-            o = attention(*inputs)
-            torch.autograd.grad(o.sum(), inputs)
-
-        return peak_memory(run)
-
-    assert peak(sparse) <= 1.25 * peak(dense)
-
-
 # --------------------------------------------------------------------------------------------------
-# Which tiles the kernels visit
+# Which tiles are visited, and how often that is found out
 
 
-def tiles_of(mask, tile):
-    """(query tiles, key tiles): which hold a visible pair, and which nothing else."""
-    some, whole = [], []
-    for queries in mask.split(tile, 0):
-        for part in queries.split(tile, 1):
-            some.append(bool(part.any()))
-            whole.append(part.shape == (tile, tile) and bool(part.all()))
-    shape = -1, math.ceil(mask.shape[1] / tile)
-    return torch.tensor(some).view(shape), torch.tensor(whole).view(shape)
+def states_of(mask, tile):
+    """(query tiles, key tiles): 2 if they hold nothing but visible pairs, 1 if they hold some."""
+    n_queries, n_keys = mask.shape
+    mask = F.pad(mask.float(), (0, -n_keys % tile, 0, -n_queries % tile))[None]
+    return (F.max_pool2d(mask, tile) + 1 - F.max_pool2d(1 - mask, tile))[0]
+
+
+def states_in(lists, n_others):
+    """The same, as the kernels read it in their lists."""
+    states = torch.zeros(len(lists), n_others)
+    for state, (n_whole, n_seen, *order) in zip(states, lists.tolist()):
+        for i in order[:n_seen] + order[:n_whole]:
+            state[i] += 1
+    return states
 
 
 @pytest.mark.parametrize("tile", [32, 64])
-@pytest.mark.parametrize("L, S", [(1024, 1), (1024, 16), (1024, 1024), (100, 16), (333, 7)])
+@pytest.mark.parametrize("L, S", [(512, 1), (1024, 16), (100, 100), (333, 7), (75, None)])
 def test_kernels_visit_the_tiles_that_hold_a_visible_pair_and_no_other(L, S, tile):
-    view = kernels.train_view(L, S)
-    some, whole = tiles_of(view.dense(2 * L), tile)
-    _, by_query, by_key = kernels.make_tables(view, 2 * L, tile, torch.device("cpu"))
-    for lists, some, whole in ((by_query, some, whole), (by_key, some.T, whole.T)):
-        for row, row_some, row_whole in zip(lists[0].tolist(), some, whole):
-            n_whole, n_seen, *order = row
-            assert sorted(order[:n_seen]) == row_some.nonzero()[:, 0].tolist()
-            assert sorted(order[:n_whole]) == row_whole.nonzero()[:, 0].tolist()
-    if (L, S, tile) == (1024, 16, 64):
-        assert some.sum() == 288  # of 1024
-
-
-def test_random_views_visit_every_tile_that_holds_a_visible_pair():
     torch.manual_seed(0)
-    view = random_view(3, 150, 250)
-    _, lists, _ = kernels.make_tables(view, 250, 32, torch.device("cpu"))
-    for batch_row, mask in zip(lists, view.dense(250)):
-        some, whole = tiles_of(mask, 32)
-        for row, row_some, row_whole in zip(batch_row.tolist(), some, whole):
-            n_whole, n_seen, *order = row
-            assert sorted(order[:n_seen]) == row_some.nonzero()[:, 0].tolist()
-            assert row_whole[order[:n_whole]].all()
+    T = 2 * L
+    view = kernels.train_view(L, S) if S else random_view(T, 3, T)
+    bounds, *tables = kernels.make_tables(view, T, tile, CPU)
+    masks = view.dense(T).view(-1, T, T)
+    assert len(bounds) == len(masks)
+    for mask, by_query, by_key in zip(masks, *tables, strict=True):
+        states = states_of(mask, tile)
+        assert torch.equal(states_in(by_query, len(states)), states)
+        assert torch.equal(states_in(by_key, len(states)), states.T)
+
+
+def test_torch_visits_no_other_tiles_either():
+    view = kernels.train_view(1024, 16)
+    states = states_of(view.dense(2048), 64)
+    assert (states > 0).sum() == 288  # of 1024
+    _, tile, masks = kernels.make_masks(view, CPU)
+    for (tiles, mask), row in zip(masks, states, strict=True):
+        assert tiles == row.nonzero()[:, 0].tolist()
+        assert mask.shape == (1, 1, 64, 64 * len(tiles))
+    _, _, masks = kernels.make_masks(kernels.denoise_view(100, 0, 16), CPU)
+    assert masks == [([0], None)]  # a slice of the cache, without a mask
+
+
+@EACH_PATH
+def test_rows_of_one_block_size_share_what_a_view_needs(monkeypatch, attention):
+    """In all layers and steps: it is made once."""
+    monkeypatch.setattr(blockgen, "block_attention", attention)
+    made = kernels.make_masks if attention is PATHS[0] else kernels.make_tables
+    before = made.cache_info().misses
+    model = tiny(n_layer=3)
+    for u in torch.rand(2, 4, 21):
+        x0 = torch.zeros(4, 21, dtype=torch.long)
+        model(Batch(x0, torch.full((4,), 5), u, u, x0 > 0))
+    assert made.cache_info().misses == before + 1
 
 
 # --------------------------------------------------------------------------------------------------
 # Which implementation runs
 
 
-class BrokenKernel:
-    def __getitem__(self, grid):
-        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    """A function of a capability: torch believes in a GPU that has it."""
-
-    def pretend(capability):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch, "empty", lambda *shape, device=None: torch.zeros(*shape))
-        kernels.use_triton.cache_clear()
-
-    yield pretend
-    kernels.use_triton.cache_clear()
+def failing_kernel(error):
+    return MagicMock(**{"__getitem__.side_effect": error})
 
 
 @needs_triton
-def test_use_triton(pretended_gpu, monkeypatch, capsys):
+def test_use_triton(monkeypatch, capsys):
     gpu = torch.device("cuda", 0)
-    assert not kernels.use_triton(torch.device("cpu"))
-    pretended_gpu((7, 5))  # T4
-    assert not kernels.use_triton(gpu)
-    pretended_gpu((8, 0))  # A100
-    assert kernels.use_triton(gpu)
-    pretended_gpu((12, 0))
-    assert kernels.use_triton(gpu)
-    assert capsys.readouterr().err == ""
-    pretended_gpu((9, 0))
-    monkeypatch.setattr(kernels, "probe_kernel", BrokenKernel())
-    assert not kernels.use_triton(gpu)
-    assert not kernels.use_triton(gpu)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "C compiler" in lines[0]
-    pretended_gpu((9, 0))
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: torch.zeros(*shape))
+
+    def reason(capability):
+        """What stderr says, once, if the kernels cannot run; otherwise nothing."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        kernels.use_triton.cache_clear()
+        answers = {kernels.use_triton(gpu), kernels.use_triton(gpu)}
+        said = capsys.readouterr().err
+        assert answers == {said == ""} and said.count("\n") == (said != "")
+        return said
+
+    assert not kernels.use_triton(CPU)
+    assert reason((8, 0)) == reason((12, 0)) == ""
+    assert "capability 8.0" in reason((7, 5))
+    no_compiler = RuntimeError("Failed to find C compiler.\nPlease specify one.")
+    for error in (no_compiler, subprocess.CalledProcessError(1, "gcc"), OSError()):
+        monkeypatch.setattr(kernels, "probe_kernel", failing_kernel(error))
+        assert "cannot compile" in reason((9, 0))
+    monkeypatch.setattr(kernels, "probe_kernel", failing_kernel(NameError("a bug")))
+    with pytest.raises(NameError):
+        reason((9, 0))
     monkeypatch.setattr(kernels, "triton", None)
-    assert not kernels.use_triton(gpu)
+    assert "not installed" in reason((9, 0))
+    kernels.use_triton.cache_clear()
 
 
 def test_block_attention_leaves_wide_heads_to_torch(monkeypatch):
     chosen = []
     monkeypatch.setattr(kernels, "attention_triton", lambda *_: chosen.append("triton"))
     monkeypatch.setattr(kernels, "attention_torch", lambda *_: chosen.append("torch"))
-    view = kernels.denoise_view(0, 4, 0)
     for triton_works, D in ((False, 64), (True, 64), (True, 128), (True, 129)):
         monkeypatch.setattr(kernels, "use_triton", lambda device: triton_works)
-        kernels.block_attention(*random_inputs(1, 1, 4, 4, D), view)
+        kernels.block_attention(*random_qkv(4, D), None)
     assert chosen == ["torch", "triton", "triton", "torch"]
+
+
+def test_kernels_start_at_once_and_in_silence():
+    """Without torch.compile and the benchmark's timer."""
+    code = "import sys, kernels; print({'torch._dynamo', 'torch.utils.benchmark'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert (run.stdout, run.stderr) == ("set()\n", "")
+
+
+def test_kernels_has_no_flags(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--L=3"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(kernels.__file__, run_name="__main__")
+    assert re.fullmatch(".*--L=3\n", capsys.readouterr().err)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2044,29 +1296,27 @@ def report(kernel, architecture, dtype, D, options):
         file.flush()
         command = [TOOL, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True).stdout
-    spill = re.search(r"STACK:(\\d+)", usage)[1]
-    print(built.metadata.shared, spill, int("mma" in built.asm["ptx"]), flush=True)
+    spill = int(re.search(r"STACK:(\\d+)", usage)[1])
+    shared = built.metadata.shared
+    assert "mma" in built.asm["ptx"] and shared <= 99 * 1024 and spill <= 32, (shared, spill)
 
 for case in sys.argv[1:]:
+    print(case, flush=True)
     architecture, dtype, D = case.split(",")
     D, itemsize = int(D), 2 if dtype == "bf16" else 4
-    forward = kernels.launch(D, itemsize, backward=False)
+    forward = kernels.launch_options(D, itemsize, backward=False)
     report(kernels.forward_kernel, architecture, dtype, D, forward)
-    backward = kernels.launch(D, itemsize, backward=True)
+    backward = kernels.launch_options(D, itemsize, backward=True)
     report(kernels.backward_kernel, architecture, dtype, D, backward)
 """
 
 COMPILED = [
     "80,bf16,64",
-    "86,bf16,64",
-    "89,bf16,64",
     "90,bf16,64",
     "100,bf16,64",
     "120,bf16,64",
     "80,fp32,128",
     "90,bf16,128",
-    "100,bf16,128",
-    "120,fp32,32",
 ]
 
 
@@ -2077,96 +1327,1466 @@ def test_kernels_compile_ahead_of_time(tmp_path):
     environment = dict(os.environ)
     del environment["TRITON_INTERPRET"]
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    environment["PYTHONPATH"] = HERE
     command = [sys.executable, "-c", AHEAD_OF_TIME, *COMPILED]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
-    assert len(lines) == 2 * len(COMPILED)  # forward, backward
-    for i, line in enumerate(lines):
-        shared, spill, uses_mma = map(int, line.split())
-        case = COMPILED[i // 2], line
-        assert shared <= 99 * 1024, case
-        assert spill <= 32, case
-        assert uses_mma, case
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.split() == COMPILED
 
 
-def call(module, *flags):
-    """Run a script's main in this process, with flags separated by spaces; the exit status."""
-    argv = " ".join(map(str, flags)).split()
-    names = signal.SIGINT, signal.SIGTERM
-    handlers = [signal.getsignal(name) for name in names]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *argv])
-        try:
-            prepare_data.run_script(module.main)
-        except SystemExit as stop:
-            return stop.code
-        finally:
-            for name, handler in zip(names, handlers):
-                signal.signal(name, handler)
-    return 0
+# --------------------------------------------------------------------------------------------------
+# The model with the kernels, in the interpreter
+
+
+def loss_and_gradients(model):
+    """Losses (N, L) of a batch of several block sizes, and the gradients of all parameters."""
+    torch.manual_seed(0)
+    x0 = torch.randint(11, (4, 21))
+    t, u = torch.rand(2, 4, 21)
+    losses = model(Batch(x0, torch.tensor([1, 4, 6, 21]), t, u, x0 < 0), ar_weight=0.3)
+    return losses, *torch.autograd.grad(losses.mean(), list(model.parameters()))
+
+
+@needs_triton
+@BOTH
+@EACH_NOISE
+def test_training_with_the_kernels(monkeypatch, noise, ar):
+    model = tiny(noise, ar=ar, n_embd=32)
+    expected = loss_and_gradients(model)
+    monkeypatch.setattr(blockgen, "block_attention", kernels.attention_triton)
+    for a, b in zip(loss_and_gradients(model), expected):
+        assert close(a, b, 1e-4)
+
+
+SAMPLED = [
+    ("masked", "shift", "ar"),
+    ("uniform", "paper", "ancestral"),
+    ("hybrid30", "shift", "speculative"),
+    ("masked", "paper", "arpc"),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("noise, ar, sampler", SAMPLED)
+def test_sampling_with_the_kernels(monkeypatch, noise, ar, sampler):
+    """Each pass, cached, as it would be on a GPU, against the CPU's attention. Going on from the
+    kernels' result, no tie can hide or feign a difference."""
+    calls = []
+
+    def both(q, k, v, view):
+        result = kernels.attention_triton(q, k, v, view)
+        calls.append(close(result, kernels.attention_torch(q, k, v, view), 1e-5))
+        return result
+
+    monkeypatch.setattr(blockgen, "block_attention", both)
+    given = torch.full((2, 7), -1)
+    given[0, :2] = 1
+    model = tiny(noise, ar=ar, n_layer=1)
+    sample.generate(model, 2, 7, given=given, block_size=4, steps=2, sampler=sampler)
+    assert len(calls) > 2  # blocks
+    assert all(calls)
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling: the laws of what is drawn
+
+EACH_SAMPLER = pytest.mark.parametrize("sampler", FILL)
+
+
+def samples(model, rows, length=None, **options):
+    """Tokens (rows, L)."""
+    tokens, _ = generate(model, rows, length or model.config.seq_len, **options)
+    return tokens
+
+
+class TokenCache:
+    """A cache of tokens instead of keys."""
+
+    def __init__(self, rows, length):
+        self.length = 0
+        self.tokens = torch.zeros(rows, length, dtype=torch.int64)
+
+    def put(self, x):
+        """Write x behind the committed tokens."""
+        self.tokens[:, self.length : self.length + x.shape[1]] = x
+
+    def accept(self, k):
+        self.length += k
+
+
+class ExactModel:
+    """What generate() needs of a model, for a distribution p over STATES. Its AR side is exact.
+    Its diffusion side gives p(x_i | the prefix, what is revealed in the block) under masked noise,
+    p(x_i | the prefix) under uniform noise."""
+
+    device = "cpu"
+
+    def __init__(self, p, noise="masked"):
+        self.p = p
+        self.noise = NOISES[noise](V)
+        self.config = Config(vocab_size=V, seq_len=n, noise=noise)
+
+    def new_cache(self, rows, length):
+        return TokenCache(rows, length)
+
+    def log_law(self, known, tokens, i):
+        """log p(x_i = v | the known (N, n) positions but i hold these tokens), (N, V)."""
+        known = known & (torch.arange(n) != i)
+        agrees = (STATES == tokens[:, None]) | ~known[:, None]
+        weight = self.p * agrees.all(-1)
+        return token_law(weight, i).log()
+
+    def denoise(self, xt, cache, commit, block_size):
+        cache.put(commit)
+        cache.accept(commit.shape[1])
+        begin, end = cache.length, cache.length + xt.shape[1]
+        tokens = cache.tokens.clone()
+        tokens[:, begin:end] = xt
+        known = torch.zeros_like(tokens, dtype=torch.bool)
+        known[:, :begin] = True
+        known[:, begin:end] = ~self.noise.maybe_noise(xt)
+        laws = [self.log_law(known, tokens, i) for i in range(begin, end)]
+        return torch.stack(laws, 1)
+
+    def verify(self, x, cache, noise):
+        cache.put(x)
+        laws = []
+        for i in range(cache.length, cache.length + x.shape[1]):
+            before = torch.arange(n)[None] < i
+            laws.append(self.log_law(before, cache.tokens, i))
+        return torch.stack(laws, 1)
+
+
+def has_law(tokens, law):
+    """Could the rows of tokens (N, n) have been drawn from a law over STATES?"""
+    index = tokens @ torch.tensor([V * V, V, 1])
+    counts = torch.bincount(index, minlength=len(STATES))
+    return fits(counts, law)
+
+
+def ar_law(p, given=(-1,) * n, temperature=1.0, top_k=V):
+    """The law over STATES of writing from left to right around given tokens, -1 where free."""
+    law = torch.ones(len(STATES), dtype=DOUBLE)
+    for i, token in enumerate(given):
+        weight = p * (STATES[:, None, :i] == STATES[:, :i]).all(-1)
+        each = token_law(weight, i) ** (1 / temperature)  # (V^n, V), one for each beginning
+        each[each < each.topk(top_k).values[:, -1:]] = 0
+        each = each / each.sum(-1, keepdim=True)
+        if token >= 0:
+            each = F.one_hot(torch.tensor([token]), V).expand_as(each)
+        law = law * blockgen.at_index(each, STATES[:, i])
+    return law
+
+
+@pytest.mark.parametrize("shape", [{}, dict(temperature=2.0, top_k=2)], ids=str)
+@EACH_NOISE
+def test_speculative_samples_are_exactly_ar_samples(noise, shape):
+    """Of many rows at a time, most of which run ahead of the slowest; also after temperature and
+    top-k, which act on both sides."""
+    p = random_distribution(2)
+    model = ExactModel(p, noise)
+    law = ar_law(p, **shape)
+    assert has_law(samples(model, 20_000, sampler="ar", seed=1, **shape), law)
+    options = dict(sampler="speculative", **shape)
+    for S in (2, 3):
+        tokens, stats = generate(model, 20_000, n, block_size=S, seed=2, **options)
+        assert has_law(tokens, law)
+        assert stats["nfe"] < 2 * n  # some rounds accept a token in every row
+    # the test has teeth: the draft alone has another law
+    draft = samples(model, 20_000, block_size=3, steps=1, seed=3, **shape)
+    assert not has_law(draft, law)
+
+
+@EACH_NOISE
+def test_speculative_samples_in_a_batch_of_different_prompts(noise):
+    """Small batches, which move on by several tokens at a time. Each row has the AR law of its own
+    prompt, also where the prompt stands behind free tokens. A row that is given holds back none."""
+    model = ExactModel(random_distribution(2), noise)
+    prompts = [(-1, -1, -1), (2, -1, -1), (-1, 0, -1), (1, -1, 2), (0, 0, 0)]
+    given = torch.tensor(prompts)
+    write = partial(generate, model, sampler="speculative")
+    batches = []
+    for k in range(500):
+        tokens, stats = write(5, n, given=given, first_row=5 * k)
+        batches.append(tokens)
+    others, fewer = write(4, n, given=given[:4], first_row=5 * k)
+    assert torch.equal(tokens[:4], others) and stats["nfe"] == fewer["nfe"]
+    by_prompt = torch.stack(batches, 1)  # (5, batches, n)
+    for tokens, prompt in zip(by_prompt, prompts):
+        assert has_law(tokens, ar_law(model.p, prompt))
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling: the algorithms, as a paper would write them
+
+
+class Direct:
+    """Generation as a paper would write it: one row, plain loops, and everything is computed anew
+    in every pass, from the text as it stands. The random numbers are those of generate().
+
+    tokens are -1 where nothing is decided. A text longer than the context goes on from the last
+    half of it. Each sampler is a function that fills the free tokens of a block."""
+
+    def __init__(self, model, given, row, **options):
+        self.model, self.tokens, self.row = model, list(given), row
+        self.options = sample.Options(**options)
+
+    def write(self):
+        begin = window = 0
+        L = self.model.config.seq_len
+        self.size = 1 if self.options.sampler == "ar" else self.options.block_size
+        while begin < len(self.tokens):
+            if begin == window + L:
+                window = begin - L // 2
+            end = min(begin + self.size, window + L, len(self.tokens))
+            self.block, self.context = range(begin, end), range(window, begin)
+            self.free = [i for i in self.block if self.tokens[i] < 0]
+            if self.free:
+                xt = dict(zip(self.block, self.tokens[begin:end]))
+                xt |= {i: self.noise(sample.PRIOR, 0, i) for i in self.free}
+                fill = steps_by_hand if len(self.block) == 1 else BY_HAND[self.options.sampler]
+                fill(self, xt)
+            begin = next((i for i in self.block if self.tokens[i] < 0), end)
+        return self.tokens
+
+    def uniform(self, purpose, step, i):
+        """The uniform number for token i."""
+        key = self.options.seed, purpose, step, self.block.start
+        return random_numbers(key, [self.row], len(self.block))[0, i - self.block.start]
+
+    def noise(self, purpose, step, i):
+        """A token of pure noise for place i."""
+        return int(self.model.noise.prior((), u=self.uniform(purpose, step, i)))
+
+    def logits(self, clean, noisy):
+        """(n, V), of n noisy tokens that follow clean ones: the model without a past."""
+        clean, noisy = (torch.tensor([tokens], dtype=torch.int64) for tokens in (clean, noisy))
+        cache = self.model.new_cache(1)
+        return self.model.denoise(noisy, cache, clean, self.size)[0].float()
+
+    def diffusion(self, xt):
+        """The logits of the block at noisy tokens xt, by place."""
+        context = [self.tokens[i] for i in self.context]
+        return dict(zip(self.block, self.logits(context, list(xt.values()))))
+
+    def ar(self, x, step):
+        """The AR side's logits of the tokens x of the block, one after the other, by place."""
+        clean = [self.tokens[i] for i in self.context]
+        logits = {}
+        for i in self.block:
+            logits[i] = self.logits(clean, [self.noise(sample.VERIFY, step, i)])[0]
+            clean.append(x[i])
+        return logits
+
+    def law(self, logits):
+        """What a token is drawn from, (V,): temperature, then the k likeliest tokens."""
+        k = self.options.top_k or len(logits)
+        likely = logits.topk(k).indices
+        probs = torch.zeros_like(logits)
+        probs[likely] = (logits[likely] / self.options.temperature).softmax(-1)
+        return probs
+
+
+def steps_by_hand(direct, xt):
+    """Ancestral sampling and ARPC: at each of the steps predict the clean tokens, and step back to
+    the next noise level. A guided step of ARPC goes all the way instead, asks the AR side, and
+    sends the tokens with the lowest likelihood back to noise, so many as the level demands."""
+    o, model = direct.options, direct.model
+    steps = o.steps if len(direct.block) > 1 else 1
+    for k in range(steps):
+        alpha_t, alpha_s = k / steps, (k + 1) / steps
+        late_enough = k >= o.warmup and (k - o.warmup) % o.guide_every == 0
+        guided = o.sampler == "arpc" and late_enough and k < steps - 1
+        logits = direct.diffusion(xt)
+        for i in direct.free:
+            old, u = torch.tensor(xt[i]), direct.uniform(sample.REVEAL, k, i)
+            probs = direct.law(logits[i])
+            xt[i] = int(model.noise.step(probs, old, 1.0 if guided else alpha_s, alpha_t, u))
+        if guided:
+            ar = direct.ar(xt, k)
+            score = {i: -ar[i].log_softmax(-1)[xt[i]].item() for i in direct.free}
+            count = max(1, round((1 - alpha_s) * len(direct.block)))
+            for i in sorted(direct.free, key=score.get, reverse=True)[:count]:
+                xt[i] = direct.noise(sample.RENOISE, k + 1, i)
+    for i in direct.free:
+        direct.tokens[i] = xt[i]
+
+
+def confidence_by_hand(direct, xt):
+    """Draw all free tokens; write those that the model holds for likely, at least the likeliest;
+    and again with the others."""
+    k, free = 0, direct.free
+    while free:
+        logits = direct.diffusion(xt)
+        drawn = {}
+        for i in free:
+            u = direct.uniform(sample.REVEAL, k, i)
+            drawn[i] = int(draw(direct.law(logits[i]), u))
+        confidence = {i: logits[i].softmax(-1)[drawn[i]].item() for i in free}
+        likeliest = max(free, key=confidence.get)
+        for i in free:
+            if i == likeliest or confidence[i] > direct.options.threshold:
+                xt[i] = direct.tokens[i] = drawn[i]
+        free = [i for i in free if direct.tokens[i] < 0]
+        k += 1
+
+
+def draft_by_hand(direct, xt):
+    """Speculative decoding: draw all free tokens from q; then, from left to right, keep a token
+    with probability min(1, p / q); instead of the first that is not kept, draw from what p has
+    more than q, and stop."""
+    logits = direct.diffusion(xt)
+    q = {i: direct.law(logits[i]) for i in direct.free}
+    for i in direct.free:
+        xt[i] = int(draw(q[i], direct.uniform(sample.REVEAL, 0, i)))
+    ar = direct.ar(xt, 0)
+    for i in direct.free:
+        p, x = direct.law(ar[i]), xt[i]
+        if direct.uniform(sample.ACCEPT, 0, i) < p[x] / q[i][x]:
+            direct.tokens[i] = x
+            continue
+        rest = (p - q[i]).clamp(min=0)
+        direct.tokens[i] = int(draw(rest, direct.uniform(sample.RESIDUAL, 0, i)))
+        return
+
+
+BY_HAND = dict.fromkeys(["ancestral", "ar", "arpc"], steps_by_hand)
+BY_HAND.update(confidence=confidence_by_hand, speculative=draft_by_hand)
+
+
+def count_calls(model):
+    """A list of the model's passes, as they are made."""
+    calls = []
+    for name in ("denoise", "verify"):
+        method = getattr(model, name)
+
+        def counted(*args, name=name, method=method):
+            calls.append(name)
+            return method(*args)
+
+        setattr(model, name, counted)
+    return calls
+
+
+GIVEN = torch.full((3, 45), -1)  # the context is 21 tokens
+GIVEN[0, :30] = 1
+GIVEN[1, 3:9] = 2
+GIVEN[1, 20:23] = 4
+GIVEN[2, :13] = 3
+VARIANTS = [dict(sampler=name) for name in FILL]
+VARIANTS += [dict(sampler="arpc", warmup=1, guide_every=2, steps=6, top_k=0, temperature=1.0)]
+VARIANTS += [dict(sampler="speculative", block_size=2, temperature=5.0)]  # accepts whole drafts
+
+
+@NAN_CACHE
+@EACH_AR_AND_CACHE
+@EACH_NOISE
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@torch.no_grad()
+def test_samplers_equal_direct_implementations(variant, noise, token_causal, ar):
+    """Token for token, beyond the context too; so the cache, the other rows of a batch, and what
+    has left the context change nothing. In float64, so that no rounding decides a draw."""
+    model = tiny(noise, ar=ar, token_causal=token_causal).double()
+    options = dict(block_size=5, steps=4, threshold=0.3, temperature=0.7, top_k=4, seed=5)
+    options |= variant
+    if not token_causal and options["sampler"] in ("arpc", "speculative"):
+        with pytest.raises(UserError, match="block-causal"):
+            samples(model, 3, **options)
+        return
+    direct = [Direct(model, GIVEN[i].tolist(), i, **options).write() for i in range(3)]
+    calls = count_calls(model)
+    tokens, stats = generate(model, 3, 45, given=GIVEN, **options)
+    assert stats["nfe"] == len(calls)
+    assert stats["tokens"] == (GIVEN < 0).sum()
+    if options["sampler"] == "speculative":  # there rows wait for each other
+        kept = []
+
+        def watch(run, xt, x, sent_back):
+            kept.append((run.free() & ~sent_back).sum())
+
+        alone = partial(samples, model, 1, 45, watch=watch, **options)
+        tokens = torch.cat([alone(given=GIVEN[i : i + 1], first_row=i) for i in range(3)])
+        assert sum(kept) == stats["tokens"]
+    assert tokens.tolist() == direct
+    if variant == dict(sampler="arpc"):
+        # Blocks of 5, 5, 5, 5, 1 tokens; then, in contexts whose first ten tokens are kept, twice
+        # 5, 5, 1; at last 2. A block takes 2 steps - 1 passes, a single token one.
+        assert len(calls) == 9 * 7 + 3
+
+
+def plain_scores(a, d, x, revealed):
+    """The criteria as formulas: a and d (30, V) are the probabilities on the AR and on the
+    diffusion side."""
+    divergence = torch.distributions.kl_divergence
+    nll = -blockgen.at_index(a, x).log()
+    first, second = d.sort(-1, descending=True).values.T[:2]
+    ar, diffusion = (torch.distributions.Categorical(probs) for probs in (a, d))
+    return dict(
+        kld=torch.where(revealed, nll, divergence(ar, diffusion)),
+        reverse_kld=divergence(diffusion, ar),
+        tvd=(a - d).abs().sum(-1) / 2,
+        ar_nll=nll,
+        ar_gap=a.max(-1).values.log() + nll,
+        ar_entropy=ar.entropy(),
+        diffusion_entropy=diffusion.entropy(),
+        diffusion_confidence=-first,
+        diffusion_margin=second - first,
+        random=torch.full((30,), 0.25),
+    )
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@EACH_NOISE
+def test_criteria_equal_their_formulas(noise, criterion):
+    """Under masked noise some tokens were revealed before: there the diffusion side is a point
+    mass. The AR side is asked at most once, and by those alone that need it."""
+    torch.manual_seed(0)
+    noise = NOISES[noise](6)
+    ar, diffusion = torch.randn(2, 30, 6, dtype=DOUBLE)
+    x, other = torch.randint(0, 6, (2, 30))
+    revealed = (torch.rand(30) < 0.4) & (noise.token_share == 0)
+    xt = torch.where(revealed, x, other if noise.mask is None else noise.mask)
+    asked = []
+    run = SimpleNamespace(
+        model=SimpleNamespace(noise=noise),
+        verify=lambda *_: asked.append(1) or ar[None],
+        random=lambda *_: torch.full((1, 30), 0.25),
+    )
+    proposal = sample.Proposal(run, x[None], xt[None], diffusion[None], 0)
+    scores = CRITERIA[criterion](proposal)[0]
+    d = torch.where(revealed[:, None], F.one_hot(x, 6).double(), diffusion.softmax(-1))
+    assert close(scores, plain_scores(ar.softmax(-1), d, x, revealed)[criterion], 1e-6)
+    assert len(asked) == (criterion[:2] in ("ar", "kl", "re", "tv"))
+
+
+def test_what_is_drawn():
+    """Of tied tokens no more than top_k; at temperature 0 the likeliest."""
+    logits = torch.tensor([[[1.0, 2.0, 2.0, 2.001, 0.0]]])
+    for options, expected in ((dict(top_k=2), [0.5, 0.5]), (dict(temperature=0), [0, 1])):
+        run = SimpleNamespace(options=sample.Options(**options))
+        probs = sample.Run.law(run, logits).flatten()
+        assert sorted(probs.tolist()) == pytest.approx([0, 0, 0, *expected], abs=1e-3)
+
+
+def test_the_schedule_is_the_one_of_training():
+    write = partial(samples, rows=8, sampler="ancestral", block_size=7, steps=4)
+    assert not torch.equal(write(tiny(schedule="linear")), write(tiny(schedule="cosine")))
+
+
+def test_a_sampler_that_decides_nothing_is_an_error(monkeypatch):
+    monkeypatch.setitem(FILL, "confidence", lambda run: None)
+    with pytest.raises(RuntimeError, match="confidence"):
+        samples(tiny(), 2, sampler="confidence")
+
+
+@EACH_SAMPLER
+def test_rows_stop_at_their_end_token(sampler):
+    """The prompt's own end tokens do not count, nor do those before something given. Rows that
+    have ended cost no passes."""
+    model = tiny()
+    end = 3
+    model.head_bias.data[end] = 6.0  # likely
+    given = torch.full((6, 21), -1)
+    given[:, :4] = end
+    given[0, 20] = 7
+    write = partial(generate, model, sampler=sampler, block_size=2, steps=2)
+    tokens, _ = write(6, 21, given=given, stop=end)
+    assert tokens[0, 20] == 7
+    assert (tokens[:, :4] == end).all()
+    for row in tokens[1:, 4:].tolist():
+        assert set(row[row.index(end) :]) == {end}
+    _, early = write(5, 21, given=given[1:], stop=end)
+    _, late = write(5, 21, given=given[1:])
+    assert early["nfe"] < late["nfe"]
+    assert early["tokens"] < late["tokens"]
+
+
+# ----------------------------------------------------------------------------------------------
+# sample.py as its users call it
+
+
+def write_checkpoint(path, letters, end_bias=0.0, **config):
+    """A small model of some letters, and an end token, in a file."""
+    tokens = [letter.encode().hex() for letter in letters]
+    end = len(letters)
+    tokenizer = dict(kind="char", tokens=tokens, vocab_size=end + 1, end=end)
+    model = tiny(vocab_size=end + 1, **config)
+    model.head_bias.data[end] += end_bias
+    content = dict(config=asdict(model.config), model=model.state_dict(), args={})
+    blockgen.save_checkpoint(path, meta=dict(tokenizer=tokenizer), **content)
+    return model
+
+
+def write_transformer(folder, letters):
+    """A random GPT-2 of some letters for the package transformers."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {letter: i for i, letter in enumerate([*letters, END])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token=END, bos_token=END).save_pretrained(folder)
+    shape = dict(n_positions=9, n_embd=8, n_layer=2, n_head=2, initializer_range=0.5)
+    config = transformers.GPT2Config(vocab_size=len(vocab), **shape)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(folder)
+    return lambda x: model(x[None]).logits[0, :-1]
+
+
+def write_judge(path, letters):
+    """A checkpoint of ours with a context of nine tokens."""
+    return logits_of_clean(write_checkpoint(path, letters, seq_len=9, seed=1))
+
+
+def logits_of_clean(model):
+    """A function from tokens x (L,) to the AR side's logits of all but the first, (L - 1, V), by
+    the training pass at block size 1."""
+
+    def logits(x):
+        hidden = model.predictions(x[None], x[None], torch.tensor([1]))[1]
+        return model.logits(hidden)[0, 1:]
+
+    return logits
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The rows that generate() writes for sample.py, whose tables have one line."""
+    rows = []
+
+    def recording(*args, **options):
+        tokens, stats = generate(*args, **options)
+        rows.extend(tokens.tolist())
+        return tokens, stats
+
+    monkeypatch.setattr(sample, "generate", recording)
+    monkeypatch.setattr(sample, "GRID", [dict(sampler="ar")])
+    return rows
+
+
+@pytest.mark.parametrize("write", [None, write_judge, write_transformer])
+@torch.no_grad()
+def test_perplexity_entropy_and_bits(write, recorded, tmp_path, capsys):
+    """Of a table of texts, against a plain computation. A judge with another vocabulary and a
+    shorter context reads the beginning alone; the first token is free of charge, and the end
+    token counts where there is one."""
+    ours, path = "abcdefé", tmp_path / "model.pt"
+    model = write_checkpoint(path, ours, end_bias=1.5)  # some texts end, not all
+    flags = [f"--ckpt={path}", "--table", "--num_samples=9", "--batch_size=4"]
+    theirs, longest, logits = ours, 21, logits_of_clean(model)
+    if write:
+        theirs, longest, judge = "xéfedcba", 9, tmp_path / "judge"
+        logits = write(judge, theirs)
+        flags.append(f"--judge={judge}")
+    call(sample, *flags)
+    *_, heading, _, line = capsys.readouterr().out.splitlines()
+    assert heading.endswith(str(judge) if write else "its own AR side")
+    _, _, *figures = line.split()
+    sums, entropies = [], []
+    for row in recorded:
+        row = row[: row.index(7) + 1] if 7 in row else row
+        share = np.bincount(row) / len(row)
+        entropies.append(-sum(p * math.log(p) for p in share if p))
+        read = [theirs.find(ours[i]) if i < 7 else len(theirs) for i in row]
+        x = torch.tensor(read[:longest])
+        nats = F.cross_entropy(logits(x), x[1:], reduction="sum").item()
+        text = "".join(theirs[i] for i in x[1:] if i < len(theirs))
+        sums.append((nats, len(x) - 1, len(text.encode())))
+    assert 0 < sum(7 in row for row in recorded) < 9
+    nats, tokens, n_bytes = np.array(sums).T
+    mean = nats.sum() / tokens.sum()
+    error = np.linalg.norm(nats - mean * tokens) / tokens.sum()
+    bits = nats.sum() / math.log(2) / n_bytes.sum()
+    expected = [math.exp(mean), math.exp(mean) * error, np.mean(entropies), bits]
+    assert [float(x) for x in figures] == pytest.approx(expected, abs=6e-3)
+
+
+PUZZLES = [("a+a", "#### 2"), ("b+a", "#### 3"), ("sort ba", "ab"), ("a" * 30, "#### 9")]
+
+
+@pytest.fixture
+def puzzles(tmp_path):
+    """Flags for a dataset of problems, and for a model that was trained on something else."""
+    lines = [json.dumps(dict(question=question, answer=answer)) for question, answer in PUZZLES]
+    path = tmp_path / "puzzles.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    files = dict(input=str(path), test=str(path))
+    prepare("problems", tmp_path, tokenizer="char", seq_len=64, **files)
+    write_checkpoint(tmp_path / "ckpt.pt", sorted(set("".join(sum(PUZZLES, ())))), seq_len=24)
+    dataset = [f"--data_dir={tmp_path}", "--dataset=problems"]
+    return [f"--ckpt={tmp_path}/ckpt.pt"], dataset
+
+
+def test_problems_of_another_dataset(puzzles, monkeypatch, capsys):
+    """The model's tokenizer encodes them; an answer begins behind the question and ends at the
+    first end token; a question that does not fit is counted as wrong."""
+    ckpt, dataset = puzzles
+    encode, _ = load_tokenizer(blockgen.read_checkpoint(ckpt[0][7:])["meta"]["tokenizer"])
+
+    def knows_two_answers(model, n, length, *, given, first_row, stop, **options):
+        tokens = given.clone()
+        for row, (_, answer) in zip(tokens, PUZZLES[first_row:]):
+            free = (row < 0).nonzero()[:, 0]
+            text = encode("#### 2" if answer == "#### 3" else answer) + [stop]
+            row[free] = torch.tensor((text + encode("ab" * 12))[: len(free)], dtype=torch.int64)
+        return tokens, dict(nfe=7, tokens=1, seconds=1.0)
+
+    monkeypatch.setattr(sample, "generate", knows_two_answers)
+    monkeypatch.setattr(sample, "GRID", [dict(sampler="ar")])
+    call(sample, *ckpt, *dataset, "--table", "--num_samples=4", "--batch_size=3")
+    *_, heading, _, line = capsys.readouterr().out.splitlines()
+    assert "1 too long" in heading
+    quality, error = line.split()[2:4]
+    assert (quality, error) == ("0.500", "0.250")
+    call(sample, *ckpt, *dataset, "--problem=0")
+    assert "a+a\n#### 2= 2.0, right\n" in capsys.readouterr().out
+    call(sample, *ckpt, *dataset, "--problem=1")
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_texts_prompts_and_templates(tmp_path, capsys):
+    write_checkpoint(tmp_path / "ckpt.pt", "abcdef _")
+    run = partial(call, sample, f"--ckpt={tmp_path}/ckpt.pt")
+    run("--num_samples=3", "--batch_size=2", "--length=50", "--seed=3", "--top_k=3")
+    *texts, last = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")
+    assert len(texts) == 3 and last.startswith("nfe ")
+    assert 21 < len(texts[0]) <= 50
+    run("--template=__[2 tokens]b[1 token]", "--sampler=confidence")
+    text = capsys.readouterr().out.split("\n")[0]
+    assert text.startswith("__") and len(text) <= 6
+    run("--prompt=ab", "--sampler=arpc", "--watch")
+    out = capsys.readouterr().out
+    assert "\nab" in out
+    assert re.search(r"\| ab.*[-]._?", out) and "\033" not in out  # colors are for a terminal
+
+
+SAMPLE_REFUSES = [
+    ("--block_size=0", "block_size"),
+    ("--batch_size=0", "batch_size"),
+    ("--sampler=gibbs", "ancestral"),
+    ("--criterion=luck", "kld"),
+    ("--temperature=nan", "temperature"),
+    ("--guide_every=0", "guide_every"),
+    ("--prompt=aaaaaaaaaaaaaaaaaaaaaaaaa", "25 tokens"),
+    ("--prompt=a --length=-1", "length"),
+    ("--template=a__b", "[2 tokens]"),
+    ("--prompt=a --template=[1_token]", "exclude"),
+    ("--problem=4", "dataset"),
+    ("--problem=4 {dataset}", "0 to 3"),
+    ("--problem=3 {dataset}", "length"),
+    ("--ckpt=nowhere.pt", "nowhere.pt"),
+    ("--plot=nowhere/x.png", "nowhere"),
+    ("--plot=x.foo", ".png"),
+]
+
+
+@pytest.mark.parametrize("flags, word", SAMPLE_REFUSES)
+def test_sample_refuses(puzzles, flags, word):
+    ckpt, dataset = puzzles
+    flags = flags.format(dataset=" ".join(dataset)).split()
+    assert word in refusal(sample, *ckpt, *flags)
+
+
+def test_a_picture_of_two_tables(recorded, puzzles, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    ckpt, _ = puzzles
+    path = tmp_path / "x.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        call(sample, f"{ckpt[0]},{tmp_path}/ckpt.pt", f"--plot={path}", "--length=8")
+    words = re.findall(r"<text[^>]*>([^<]*)", path.read_text())
+    assert words.count("network passes") == words.count("perplexity") == 2
+    assert {"ar", "8"} <= set(words)
+    assert f"{tmp_path.name}: masked noise" in words
+
+
+# ----------------------------------------------------------------------------------------------
+# Batches
+
+TOY = """
+    --dataset=chain --seq_len=24 --n_layer=1 --n_head=2 --n_embd=16 --device=cpu --batch_size=8
+    --block_sizes=1,5 --eval_interval=1000 --eval_seqs=8 --max_iters=4
+"""
+
+
+def write_data(folder, train, val, **more):
+    """Somebody's own integers, as a dataset. The end token of problems is 0."""
+    folder.mkdir()
+    for part, tokens in (("train", train), ("val", val)):
+        np.asarray(tokens, np.uint16).tofile(folder / f"{part}.bin")
+    meta = dict(vocab_size=12, tokenizer=dict(kind="none", vocab_size=12, end=0))
+    (folder / "meta.json").write_text(json.dumps(meta | more))
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """A Markov chain, and problems in rows of 24 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    successors = rng.integers(12, size=(12, 2))  # each token has two, equally likely
+    chain = [0]
+    for choice in rng.integers(2, size=40_000):
+        chain.append(successors[chain[-1], choice])
+    write_data(folder / "chain", chain[:36_000], chain[36_000:], unigram_nats=2.2)
+    rows = rng.integers(1, 12, size=(400, 24))
+    for row in rows:
+        row[rng.integers(2, 6)] = 0
+        row[rng.integers(8, 22) :] = 0
+    write_data(folder / "puzzles", rows[:320], rows[320:], row_length=24, bytes_per_token=2.0)
+    return folder
+
+
+def toy_flags(toy_data, out, *more):
+    return " ".join([TOY, f"--data_dir={toy_data} --out_dir={out}", *more]).split()
+
+
+@pytest.fixture
+def toy(toy_data, tmp_path):
+    """A function that makes args, config, data, val and meta of some flags."""
+
+    def make(*more):
+        args, config = train.read_flags(toy_flags(toy_data, tmp_path / "out", *more))
+        return args, config, *train.load_data(args, config.seq_len)
+
+    return make
+
+
+def same(a, b):
+    """Equal, bit for bit, in nested dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_batches_are_stratified_and_made_of_rows(toy):
+    args, config, data, _, meta = toy("--block_sizes=1,5,24 --block_weights=1,2,1 --ar=paper")
+    mixture = train.make_mixture(args, config.ar)
+    for step in range(20):
+        draw_rows = partial(train.draw_batch, data, meta, mixture, args, step)
+        batch = draw_rows(torch.arange(8))
+        parts = [draw_rows(rows) for rows in torch.arange(8).chunk(3)]
+        assert same(batch, [torch.cat(pieces) for pieces in zip(*parts)])
+        assert sorted(batch.block_size.tolist()) == [1, 1, 5, 5, 5, 5, 24, 24]
+        levels = batch.t[batch.block_size == 5]
+        assert (levels[:, 5:10] == levels[:, 5:6]).all()  # constant in a block
+        gaps = levels[:, ::5].flatten().sort().values.diff()
+        assert close(gaps, torch.tensor((1 - args.t_min) / 20), 1e-6)  # one in each interval
+
+
+def test_each_noise_level_is_uniform_and_rows_begin_anywhere():
+    options = torch.tensor([6, 7]), torch.tensor([0.0, 0.5]), torch.tensor([4, 4]), 21
+    draws = [train.draw_noise((5, k), *options, 0) for k in range(2000)]
+    t, u = (torch.stack(x) for x in zip(*draws))  # (keys, 2, 21)
+    for row, position in itertools.product((0, 1), (0, 8, 20)):
+        assert is_uniform(t[:, row, position], 20)
+        assert is_uniform(u[:, row, position], 20)
+    # Two rows begin one to six sixths of the circle apart (and a half, by stratum).
+    apart = 6 * (t[:, 1, 0] - t[:, 0, 0]) - 0.5
+    assert is_uniform((apart.round() % 6 + 0.5) / 6, 6)
+    scaled, _ = train.draw_noise((5, 0), *options, 0.25)
+    assert close(scaled, 0.25 + 0.75 * t[0], 1e-12)
+
+
+def test_under_shift_every_row_has_block_size_1():
+    args = train.Settings(block_sizes=(1, 5, 24), block_weights=(1, 2, 1))
+    sizes, weights, ar_weight = train.make_mixture(args, "shift")
+    assert sizes.tolist() == [5, 24]
+    assert weights.tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert ar_weight == 0.25
+
+
+def test_rows_of_texts_and_of_problems(toy):
+    _, _, data, *_ = toy()
+    assert len(data) == 36_000 - 23  # one at every position
+    assert np.array_equal(data[1000, 10:], data[1010, :-10])
+    _, _, data, _, meta = toy("--dataset=puzzles")
+    assert len(data) == 320
+    x0, given = train.read_rows(data, torch.arange(320), meta)
+    for row, question in zip(x0.tolist(), given.tolist()):
+        n = row.index(0) + 1
+        assert question == [True] * n + [False] * (24 - n)
+
+
+# ----------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def test_learning_rate():
+    args = train.Settings(learning_rate=2.0, warmup_iters=10, max_iters=1000)
+    assert train.learning_rate(args, 0) == pytest.approx(0.2)
+    assert train.learning_rate(args, 500) == pytest.approx(1.0)  # half of the cosine
+    assert train.learning_rate(args, 999) < 1e-4
+    args.lr_decay = "constant"
+    assert [train.learning_rate(args, step) for step in (4, 500, 999)] == [1.0, 2.0, 2.0]
+
+
+def take_step(optimizer, matrices, size):
+    for p in matrices:
+        torch.manual_seed(p.numel())
+        p.grad = size * torch.randn_like(p)
+    optimizer.param_groups[0]["lr"] = 0.3
+    optimizer.step()
+
+
+def test_muon_is_torchs_in_float32_and_resumes_exactly(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's, exact
+    args = train.Settings(weight_decay=0.2)
+    shapes = (12, 4), (4, 12), (12, 4), (6, 6)
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    others = copy.deepcopy(matrices)
+    ours = train.Muon(matrices, args)
+    theirs = torch.optim.Muon(others, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    for size in (1, 1e-6, 3):
+        take_step(ours, matrices, size)
+        take_step(theirs, others, size)
+        assert all(map(partial(close, tolerance=1e-5), matrices, others))
+    resumed = copy.deepcopy(matrices)
+    again = train.Muon(resumed, args)
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    take_step(ours, matrices, 2)
+    take_step(again, resumed, 2)
+    assert same(matrices, resumed) and not same(matrices, others)
+
+
+def test_only_matrices_of_layers_decay_and_go_to_the_chosen_optimizer(toy):
+    args, config, *_ = toy("--weight_decay=0.3 --beta2=0.7")
+    model = BlockGen(config)
+    layers, rest = train.make_optimizers(model, args)
+    [group], [other] = layers.param_groups, rest.param_groups
+    assert [p.shape for p in group["params"]] == [(48, 16), (16, 16), (64, 16), (16, 64)]
+    assert len(group["params"] + other["params"]) == len(list(model.parameters()))
+    assert (group["weight_decay"], other["weight_decay"]) == (0.3, 0)
+    assert other["betas"] == (0.9, 0.7)
+
+
+# ----------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Take back from train.py what it does with signals."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run_toy(toy_data, out, *more):
+    """Run train.py; the content of its checkpoint."""
+    call(train, *toy_flags(toy_data, out, *more))
+    return read_checkpoint(out / "ckpt.pt")
+
+
+def go_on(out, *more):
+    call(train, "--resume", "--device=cpu", f"--out_dir={out}", *more)
+    return read_checkpoint(out / "ckpt.pt")
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def at_step(monkeypatch, step, action):
+    """Do something in the middle of a training step."""
+    original = train.learning_rate
+
+    def changed(args, now):
+        if now == step:
+            action()
+        return original(args, now)
+
+    monkeypatch.setattr(train, "learning_rate", changed)
+
+
+def crash(*_):
+    raise RuntimeError("a bug")
+
+
+CRASHES = pytest.raises(RuntimeError, match="a bug")
+RESUMED = ["--dropout=0.1", "--noise=uniform --ar=paper", "--dataset=puzzles --optimizer=adamw"]
+
+
+@pytest.mark.parametrize("flags", RESUMED)
+def test_resuming_equals_not_interrupting(toy_data, tmp_path, monkeypatch, capfd, flags):
+    """Bit for bit, with the log: after a signal, which is answered, and after a crash, where the
+    log is ahead of the checkpoint."""
+    flags += " --max_iters=12 --eval_interval=4"
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    expected = run_toy(toy_data, whole, flags)
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_toy(toy_data, part, flags)["step"] == 7  # it is heard in the next step
+    assert "stopping after this step" in capfd.readouterr().err
+    at_step(monkeypatch, 10, crash)
+    with CRASHES:
+        go_on(part)
+    assert log_of(part)[-1]["step"] == 9
+    with open(part / "log.jsonl", "a") as log:
+        log.write('{"step": 10')  # cut off
+    monkeypatch.undo()
+    again = go_on(part)
+    for name in ("model", "average", "best", "best_loss", "step"):
+        assert same(again[name], expected[name])
+    for a, b in zip(again["optimizers"], expected["optimizers"]):
+        assert same(a["state"], b["state"])
+    assert log_of(part) == log_of(whole)
+    before = os.stat(part / "ckpt.pt").st_mtime_ns
+    capfd.readouterr()
+    go_on(part)  # there is nothing to do, and nothing is said to be saved
+    assert os.stat(part / "ckpt.pt").st_mtime_ns == before
+    assert "saved" not in capfd.readouterr().out
+
+
+def test_flags_that_change_on_resuming_do_something(toy_data, tmp_path):
+    run_toy(toy_data, tmp_path)
+    content = go_on(tmp_path, "--max_iters=5", "--weight_decay=0.5", "--beta2=0.5")
+    [layers], [rest] = (x["param_groups"] for x in content["optimizers"])
+    assert (layers["weight_decay"], rest["betas"]) == (0.5, (0.9, 0.5))
+
+
+STOPS = """
+import os, train
+train.evaluate = lambda *_: [os.kill(os.getpid(), number) for number in (2, 15)]
+train.main()
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once(toy_data, tmp_path):
+    """Here in the middle of an evaluation, behind the checkpoint."""
+    command = [sys.executable, "-c", STOPS, *toy_flags(toy_data, tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert run.returncode == -signal.SIGTERM, run.stderr
+    assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 4
+
+
+GRADIENTS = "--max_iters=3 --eval_interval=3 --grad_clip=0 --optimizer=adamw --warmup_iters=1"
+
+
+def check_alike(one, other):
+    """Equal averages of the gradients, by AdamW, and logs. A sum in another order moves a gradient
+    by 1e-6 of the largest. (A weight whose gradient is zero but for rounding is moved by AdamW as
+    any other.)"""
+    contents = [read_checkpoint(out / "ckpt.pt")["optimizers"] for out in (one, other)]
+    for a, b in zip(*contents):
+        for p, q in zip(a["state"].values(), b["state"].values(), strict=True):
+            scale = p["exp_avg"].abs().max()
+            assert close(p["exp_avg"], q["exp_avg"], 1e-3 * scale + 1e-8)
+    for a, b in zip(log_of(one), log_of(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", ["--ar=paper", "--dataset=puzzles"])
+def test_parts_change_nothing(toy_data, tmp_path, flags):
+    run_toy(toy_data, tmp_path / "one", GRADIENTS, flags)
+    run_toy(toy_data, tmp_path / "parts", GRADIENTS, flags, "--grad_accum=3")
+    check_alike(tmp_path / "one", tmp_path / "parts")
+
+
+TOGETHER = {  # runs of two processes
+    "paper": f"{GRADIENTS} --noise=masked --ar=paper --lr_decay=constant",
+    "shift": f"{GRADIENTS} --noise=uniform --ar=shift",
+    "one row": f"{GRADIENTS} --batch_size=1",  # a process has no part
+    "signal": "--max_iters=1000",
+    "bug": "",
+}
+PROCESS = """
+import os, sys, train
+original = train.learning_rate
+def learning_rate(args, step):
+    if step == 2 and train.RANK == 1 and "signal" in args.out_dir:
+        os.kill(os.getpid(), 15)
+    if step == 2 and train.RANK == 1 and "bug" in args.out_dir:
+        raise RuntimeError("a bug")
+    return original(args, step)
+train.learning_rate = learning_rate
+for run in sys.argv[1:]:
+    os.environ["MASTER_PORT"], *sys.argv[1:] = run.split("|")
+    train.main()
+"""
+
+
+@pytest.fixture(scope="session")
+def together(toy_data, tmp_path_factory):
+    """The runs of two processes, as torchrun starts them: their folder, and what each printed."""
+    folder = tmp_path_factory.mktemp("together")
+    sockets = [socket.socket() for _ in TOGETHER]
+    runs = []
+    for free, (name, flags) in zip(sockets, TOGETHER.items()):
+        free.bind(("localhost", 0))
+        argv = toy_flags(toy_data, "OUT", flags)
+        argv = [flag.replace("OUT", str(folder / name)) for flag in argv]
+        runs.append("|".join([str(free.getsockname()[1]), *argv]))
+    for free in sockets:
+        free.close()
+    processes = []
+    for rank in "01":
+        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost")
+        command = [sys.executable, "-c", PROCESS, *runs]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, cwd=HERE, env=os.environ | place, **pipes))
+    return folder, [process.communicate(timeout=90) for process in processes], processes
+
+
+@pytest.mark.parametrize("name", ["paper", "shift", "one row"])
+def test_two_processes_do_what_one_does(toy_data, tmp_path, together, name):
+    folder, [(out, error), (silent, _)], _ = together
+    assert silent == "" and out.count(f"--ckpt={folder}/{name}/") == 1, error
+    run_toy(toy_data, tmp_path / "one", TOGETHER[name])
+    check_alike(tmp_path / "one", folder / name)
+
+
+def test_one_process_goes_on_from_two(toy_data, tmp_path, together):
+    shutil.copytree(together[0] / "paper", tmp_path / "two")
+    go_on(tmp_path / "two", "--max_iters=5")
+    run_toy(toy_data, tmp_path / "one", TOGETHER["paper"])
+    go_on(tmp_path / "one", "--max_iters=5")
+    check_alike(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_stops_one_process_stops_both(together):
+    """A signal cleanly; a bug with its traceback, and the other does not wait for ever."""
+    folder, [(_, other), (_, error)], processes = together
+    assert read_checkpoint(folder / "signal" / "ckpt.pt")["step"] == 4
+    assert "a bug" in error and "a bug" not in other
+    assert all(process.returncode for process in processes)
+    assert not (folder / "bug" / "ckpt.pt").exists()
+
+
+def test_a_broken_loss_stops_the_run_before_it_is_saved(toy_data, tmp_path, monkeypatch):
+    good = run_toy(toy_data, tmp_path)
+    monkeypatch.setattr(train, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(UserError, match="stopped at step 4.*nan.*--learning_rate"):
+        go_on(tmp_path, "--max_iters=5")
+    assert same(read_checkpoint(tmp_path / "ckpt.pt"), good)
+
+
+def test_a_failing_evaluation_loses_no_step(toy_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", crash)
+    with CRASHES:
+        run_toy(toy_data, tmp_path)
+    content = read_checkpoint(tmp_path / "ckpt.pt")
+    assert (content["step"], content["best"]) == (4, None)
+
+
+def test_one_failing_save_is_told_and_the_last_is_an_error(toy_data, tmp_path, monkeypatch, capsys):
+    steps = set()
+
+    def full(path, step, **content):
+        steps.add(step)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    with pytest.raises(OSError, match="disk full"):
+        run_toy(toy_data, tmp_path, "--eval_interval=1")
+    assert steps == {1, 2, 3, 4}
+    assert "step 1 is not saved, the run goes on: disk full" in capsys.readouterr().err
+
+
+def test_best_weights_are_those_of_the_best_validation(toy_data, tmp_path, monkeypatch):
+    """It gets worse on purpose, by the weighted mean of the block sizes. --resume goes on from the
+    last weights; and where it is measured otherwise, the best ones are found anew."""
+    figures = iter([1.0, 3.0, 5.0, 1.0, 4.0, 4.0, 4.0, 4.0, 9.0])  # S = 1, S = 5, and so on
+    averages = []
+
+    def validation(model, *more):
+        averages.append(copy.deepcopy(model.state_dict()))
+        return torch.full((2,), next(figures)), torch.full((2,), 24)
+
+    monkeypatch.setattr(train, "evaluate", validation)
+    flags = "--block_weights=0.25,0.75 --max_iters=6 --eval_interval=2 --lr_decay=constant"
+    content = run_toy(toy_data, tmp_path, flags)
+    assert content["best_loss"] == 2
+    assert same(content["average"], averages[-1])
+    assert same(content["best"], averages[2]) and not same(averages[2], averages[-1])
+    content = go_on(tmp_path, "--max_iters=8")
+    assert same(content["best"], averages[2]) and content["step"] == 8
+    content = go_on(tmp_path, "--max_iters=10", "--block_sizes=5", "--block_weights=1")
+    assert content["best_loss"] == 9
+    assert same(content["best"], content["average"])
+
+
+def test_training_starts_from_a_checkpoint(toy_data, tmp_path):
+    """--init_from takes the best weights and the flags of the model, and --resume does not need
+    that file again."""
+    first, second = tmp_path / "ar", tmp_path / "both"
+    before = run_toy(toy_data, first, "--block_sizes=1 --noise=uniform")
+    start = f"--init_from={first}/ckpt.pt"
+    args, config = train.read_flags(["--device=cpu", start, "--dropout=0.5"])
+    assert (config.noise, config.seq_len, config.dropout) == ("uniform", 24, 0.5)
+    assert args.batch_size == train.Settings.batch_size
+    after = run_toy(toy_data, second, start, "--max_iters=1 --learning_rate=0")
+    assert same(after["model"], before["best"])
+    os.remove(first / "ckpt.pt")
+    assert go_on(second, "--max_iters=2")["step"] == 2
+
+
+def test_a_run_is_not_written_over(toy_data, tmp_path, monkeypatch):
+    """Neither a finished one nor one that is running; but one that crashed at once is."""
+    flags = toy_flags(toy_data, tmp_path)
+    at_step(monkeypatch, 2, crash)
+    with CRASHES:
+        call(train, *flags)
+    monkeypatch.undo()
+    with open(tmp_path / "log.jsonl", "a") as log:  # of the run that is running
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert "another run" in refusal(train, *flags)
+    call(train, *flags)
+    before = (tmp_path / "ckpt.pt").read_bytes(), log_of(tmp_path)
+    assert [line["step"] for line in before[1]] == [0, 1, 2, 3, 4, 4]
+    line = refusal(train, *flags)
+    assert "--resume" in line and "--out_dir" in line
+    assert before == ((tmp_path / "ckpt.pt").read_bytes(), log_of(tmp_path))
+
+
+@EACH_NOISE
+def test_model_learns_a_markov_chain(toy_data, tmp_path, capsys, noise):
+    """It all hangs together: soon far below the unigram entropy, near the chain's own, log 2, and
+    never below it. Where stderr is no terminal, the bar is drawn a few times."""
+    flags = """--max_iters=300 --n_embd=32 --batch_size=16 --learning_rate=0.01 --warmup_iters=20
+        --eval_seqs=64 --block_sizes=1,4 --eval_interval=300"""
+    run_toy(toy_data, tmp_path, flags, f"--noise={noise}")
+    found = {line["block_size"]: line["val"] for line in log_of(tmp_path)[-2:]}
+    assert 0.6 < found[1] < 0.95
+    assert 0.6 < found[4] < 1.35
+    out, err = capsys.readouterr()
+    assert "unigram entropy 2.200 nats" in out and "step 300, S=4: " in out
+    assert f"saved step 300: python sample.py --ckpt={tmp_path}/ckpt.pt" in out
+    assert f"--resume --out_dir={tmp_path} " in out
+    assert err.count("it/s") < 8
+
+
+# ----------------------------------------------------------------------------------------------
+# Likelihood
+
+
+@BOTH
+@pytest.mark.parametrize("dataset", ["chain", "puzzles"])
+@torch.no_grad()
+def test_validation_at_block_size_1_is_the_exact_likelihood(toy, dataset, ar):
+    """Token by token through the cache; of problems, that of the answer and one end token. It
+    depends on neither batch size nor call."""
+    _, _, _, data, meta = toy(f"--dataset={dataset}")
+    model = tiny(vocab_size=12, seq_len=24, ar=ar)
+    for S in (1, 5, 24):
+        (a, _), (b, _) = (train.evaluate(model, data, meta, S, 11, 3, size) for size in (1, 64))
+        assert a.shape == (11,)
+        assert close(a, b, 1e-4)
+    exact, lengths = train.evaluate(model, data, meta, 1, 2)
+    x0 = torch.from_numpy(data[[0, len(data) - 1]].astype(np.int64))
+    cache, nats = model.new_cache(2), []
+    for i in range(24):
+        commit = x0[:, i - 1 : i] if i else None
+        logits = model.denoise(torch.full((2, 1), 12), cache, commit)
+        nats.append(F.cross_entropy(logits[:, 0], x0[:, i], reduction="none"))
+    for row, of_row, nat, length in zip(x0.tolist(), torch.stack(nats, 1), exact, lengths):
+        begin, end = 0, 24
+        if dataset == "puzzles":
+            begin = row.index(0) + 1
+            end = row.index(0, begin) + 1
+        assert length == end - begin
+        assert close(nat, of_row[begin:end].mean(), 1e-4)
+
+
+class LevelsModel:
+    """Its loss is the noise level."""
+
+    device = "cpu"
+
+    def __call__(self, batch):
+        self.levels = batch.t
+        return batch.t
+
+
+def test_evaluation_averages_all_noise_levels_in_float64(toy):
+    _, _, _, data, meta = toy()
+    model, means, levels = LevelsModel(), [], []
+    for seed in range(300):
+        one, _ = train.evaluate(model, data, meta, 4, 3, 1, seed=seed)
+        levels.append(model.levels)
+        three, _ = train.evaluate(model, data, meta, 4, 3, 3, seed=seed)
+        means.append(three.mean())
+        assert not close(one, three, 1e-3)
+    assert torch.stack(means).mean() == pytest.approx(0.5, abs=0.01)
+    levels = torch.cat(levels)
+    assert levels.dtype == DOUBLE
+    assert 1e-6 <= levels.min() < 3e-4  # it does not begin where training does
+    assert is_uniform(levels[:, 0], 20)
+
+
+def test_data_of_two_billion_tokens(tmp_path, monkeypatch):
+    """A sparse file. Rows are spread evenly to the very last, where a float32 would go past it."""
+    n = 2**31
+    write_data(tmp_path / "big", [], [])
+    for part in ("train", "val"):
+        os.truncate(tmp_path / "big" / f"{part}.bin", 2 * n)
+    args, _ = train.read_flags(toy_flags(tmp_path, tmp_path, "--dataset=big"))
+    data, val, meta = train.load_data(args, 24)
+    chosen, read_rows = [], train.read_rows
+
+    def record(data, rows, meta):
+        chosen.extend(rows.tolist())
+        return read_rows(data, rows, meta)
+
+    monkeypatch.setattr(train, "read_rows", record)
+    train.evaluate(LevelsModel(), val, meta, 4, 100)
+    last = n - 24
+    assert chosen == [i * last // 99 for i in range(100)]
+    chosen.clear()
+    mixture = train.make_mixture(args, "shift")
+    train.draw_batch(data, meta, mixture, args, 0, torch.arange(100))
+    assert is_uniform(torch.tensor(chosen, dtype=DOUBLE) / last, 5)
+    assert len(set(np.mod(chosen, 16))) > 8  # a float32 has no odd numbers there
+
+
+def test_figures_of_sequences():
+    meta = dict(bytes_per_token=2.0)
+    one = train.describe(torch.tensor([math.log(4)]), meta)
+    assert one == "1.3863 nats, 1.000 bits/byte"
+    assert train.describe(torch.tensor([1.0, 3.0]), {}) == "2.0000 ± 1.0000 nats"
+
+
+def log_sum_exp(total):
+    """The tightest bound, but none of noisy estimates."""
+    log_w = torch.tensor([[0.3], [0.7]], dtype=DOUBLE).log()
+    return -torch.logsumexp(log_w - total, 0)
+
+
+def test_mixture_bounds_are_bounds():
+    """Of NELBOs that are exact, and of estimates."""
+    torch.manual_seed(0)
+    exact = 3 * torch.rand(2, 27, dtype=DOUBLE) + 1
+    truth = log_sum_exp(exact)
+    jensen, other = train.mixture_bounds(exact, [0.3, 0.7])
+    assert close(jensen, 0.3 * exact[0] + 0.7 * exact[1], 1e-9)
+    assert (jensen >= truth).all() and (other >= truth - 1e-9).all()
+    far = exact + torch.tensor([[0.0], [20.0]])  # where one size is far better it is the tightest
+    jensen, other = train.mixture_bounds(far, [0.3, 0.7])
+    assert close(other.mean(), log_sum_exp(far).mean(), 0.02)
+    assert other.mean() < jensen.mean() - 1
+    noisy = exact.repeat(1, 3000)
+    noisy += 5 * torch.randn_like(noisy)
+    assert log_sum_exp(noisy).mean() < truth.mean() - 0.5
+    for bound in train.mixture_bounds(noisy, [0.3, 0.7]):
+        assert bound.mean() > truth.mean()
+
+
+@pytest.fixture(scope="session")
+def finished(toy_data, tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_toy(toy_data, folder, "--dataset=puzzles")
+    return folder
+
+
+def likelihood_table(capsys, *flags):
+    """{block size or name: [nats, error, bits, perplexity]}"""
+    capsys.readouterr()
+    call(train, "--eval_only", "--device=cpu", *flags)
+    rows = {}
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        name, _, figures = line.strip().rpartition(": ")
+        rows[name] = list(map(float, re.findall(r"[\d.]+", figures)))
+    return rows
+
+
+def test_likelihood_tables(finished, capsys):
+    """A checkpoint knows where its data are. Another mixture than its own may be asked for."""
+    flags = "--eval_draws=2", "--eval_block_sizes=1,2,99"
+    here = f"--out_dir={finished}"
+    rows = likelihood_table(capsys, here, *flags)
+    nats = {name: figures[0] for name, figures in rows.items()}
+    assert set(nats) == {"1", "2", "5", "24", "mixture: Jensen", "mixture: log-sum-exp"}
+    assert nats["mixture: Jensen"] == pytest.approx((nats["1"] + nats["5"]) / 2, abs=2e-4)
+    assert rows["1"][3] == pytest.approx(math.exp(nats["1"]), rel=1e-2)
+    elsewhere = f"--init_from={finished}/ckpt.pt", "--out_dir=nowhere"
+    assert likelihood_table(capsys, *elsewhere, *flags) == rows
+    other = "--block_sizes=1,99", "--block_weights=3,1"  # no block is longer than the sequence
+    jensen, *_ = likelihood_table(capsys, here, *flags, *other)["mixture: Jensen"]
+    assert jensen == pytest.approx((3 * nats["1"] + nats["24"]) / 4, abs=2e-4)
+
+
+def test_mixture_bounds_count_the_tokens_that_are_scored(finished, capsys, monkeypatch):
+    """Where one of two block sizes is far better, -log p(x) is its NELBO and log 2, once for a
+    sequence."""
+    lengths = torch.tensor([7.0, 9.0, 24.0], dtype=DOUBLE)
+
+    def evaluation(model, data, meta, block_size, *more):
+        nats = 1.0 if block_size == 1 else 5.0
+        return torch.full((3,), nats, dtype=DOUBLE), lengths
+
+    monkeypatch.setattr(train, "evaluate", evaluation)
+    rows = likelihood_table(capsys, f"--out_dir={finished}")
+    expected = 1 + (math.log(2) / lengths).mean()
+    assert rows["mixture: log-sum-exp"][0] == pytest.approx(expected.item(), abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------
+# Flags and refusals of train.py
+
+TRAIN_REFUSES = [
+    ("--nonsense", "nonsense"),
+    ("--block_sizes=0,5", "block_sizes"),
+    ("--block_sizes=5,5", "different"),
+    ("--block_weights=0.5,-0.5", "block_weights"),
+    ("--block_weights=1", "block_weights"),
+    ("--max_iters=0", "max_iters"),
+    ("--eval_seqs=0", "eval_seqs"),
+    ("--learning_rate=-1", "learning_rate"),
+    ("--learning_rate=nan", "learning_rate"),
+    ("--noisy_gain=nan", "noisy_gain"),
+    ("--ema=1", "ema"),
+    ("--seed=-1", "seed"),
+    ("--out_dir=", "out_dir"),
+    ("--loss=mse", "nelbo, ce"),
+    ("--optimizer=sgd", "muon, adamw"),
+    ("--lr_decay=linear", "cosine, constant"),
+    ("--preset=huge", "night"),
+    ("--device=tpu", "device"),
+    ("--dataset=nowhere", "prepare_data.py"),
+    ("--dataset=puzzles --seq_len=12", "--seq_len=24"),
+    ("--seq_len=7000", "too small"),
+    ("--resume", "ckpt.pt is missing"),
+    ("--init_from=nowhere.pt", "nowhere.pt is missing"),
+    ("--eval_only", "ckpt.pt is missing"),
+]
+
+
+@pytest.mark.parametrize("flags, word", TRAIN_REFUSES)
+def test_train_refuses(toy_data, tmp_path, flags, word):
+    out = tmp_path / "out"
+    assert word in refusal(train, *toy_flags(toy_data, out, flags)).replace("'", "")
+    assert not out.exists()
+
+
+def test_what_does_not_fit_the_checkpoint_is_refused(toy_data, finished, tmp_path):
+    resume = "--resume", "--device=cpu", f"--out_dir={finished}", "--max_iters=9"
+    for flag in ("--n_head=4", "--noise=uniform", "--optimizer=adamw"):
+        assert "no flag changes" in refusal(train, *resume, flag)
+    start = toy_flags(toy_data, tmp_path, f"--init_from={finished}/ckpt.pt --n_embd=32")
+    assert "does not fit" in refusal(train, *start)
+    other = dict(kind="none", vocab_size=13)
+    write_data(tmp_path / "other", [1] * 99, [1] * 99, tokenizer=other)
+    data = f"--data_dir={tmp_path}", "--dataset=other"
+    assert "tokenizer" in refusal(train, *resume, *data)
+    assert "tokenizer" in refusal(train, *resume[1:3], *data, "--eval_only")
+
+
+def test_datasets_are_made_as_long_as_the_model(tmp_path, monkeypatch):
+    def prepare(name, data_dir, seq_len):
+        write_data(Path(data_dir) / name, [1] * 99, [1] * 99, row_length=seq_len)
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    args = train.Settings(dataset="math", data_dir=str(tmp_path))
+    data, _, meta = train.load_data(args, 33)
+    assert (meta["row_length"], data.shape) == (33, (3, 33))
+
+
+def values_of(*flags):
+    args, config = train.read_flags(flags)
+    return SimpleNamespace(**vars(args), **vars(config))
+
+
+def test_presets():
+    paper = values_of("--preset=paper")
+    assert (paper.n_layer, paper.n_embd, paper.seq_len, paper.ar) == (12, 768, 1024, "paper")
+    assert (paper.noise, paper.loss, paper.optimizer) == ("masked", "ce", "adamw")
+    uniform = values_of("--preset=paper", "--noise=uniform", "--beta2=0.9")  # as the authors' own
+    assert (uniform.loss, uniform.noise, uniform.beta2) == ("nelbo", "uniform", 0.9)
+    assert values_of("--preset=paper", "--noise=uniform", "--loss=ce").loss == "ce"
+    night = values_of("--preset=night")
+    tokens = night.max_iters * night.batch_size * night.seq_len
+    assert tokens == pytest.approx(1.3e9, rel=0.02)
+
+
+ON_GPU = [("", (9, 0), True), ("", (7, 5), False), ("--dtype=float32", (9, 0), False)]
+
+
+@pytest.mark.parametrize("flags, capability, bfloat16", ON_GPU)
+def test_preset_and_precision_fit_the_device(monkeypatch, flags, capability, bfloat16):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(train, "find_device", lambda name: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # of a T4, too
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    args, config = train.read_flags(flags.split())
+    assert vars(args) | vars(config) | train.PRESETS["gpu"] == vars(args) | vars(config)
+    assert train.find_autocast(args, gpu)._enabled == bfloat16
+    assert train.has_bfloat16(gpu) == (capability >= (8, 0))
+    monkeypatch.undo()
+    cpu = train.read_flags(["--device=cpu"])
+    assert cpu == (train.Settings(device="cpu"), Config())
+    assert not train.has_bfloat16(torch.device("cpu"))
 
 
 # ----------------------------------------------------------------------------------------------
 # Tokenizers
 
 
+def slow_bpe(words, vocab_size):
+    """Byte-pair encoding as it is told. A character of a word is a token."""
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < vocab_size:
+        pairs = Counter(word[i : i + 2] for word in words for i in range(len(word) - 1))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        words = [word.replace(best, chr(len(tokens))) for word in words]
+        tokens.append(tokens[ord(best[0])] + tokens[ord(best[1])])
+    return tokens
+
+
+def test_bpe_merges_the_most_frequent_pair(monkeypatch):
+    """... of the first SAMPLE characters."""
+    rng = random.Random(0)
+    words = [" " + "".join(rng.choices("abn", k=rng.randrange(1, 9))) for _ in range(300)]
+    text = "".join(words)
+    monkeypatch.setattr(prepare_data, "SAMPLE", len(text))
+    texts = [text[:50], text[50:] + " zz" * 999, " yy" * 999]
+    tokens = [token.hex() for token in slow_bpe(words, 300)]
+    assert make_tokenizer("bpe:301", texts)["tokens"] == tokens
+
+
 def test_bpe_says_any_text_and_learns_words():
     text = "the cat and the dog and the aaaa bird 12 ☃\n" * 50
-    tokenizer = make_tokenizer("bpe:270", text)
+    tokenizer = make_tokenizer("bpe:270", [text])
     encode, decode = load_tokenizer(tokenizer)
     for words in (text, "Ünseen \t wörds, 漢字 and \x00 bytes", "", "aaaaaaa"):
         assert decode(encode(words)) == words
     assert len(encode(" the")) == 1
-    assert len(encode("the the")) < 4
     assert len(encode("12")) == 2  # digits stand alone
-    assert tokenizer["end"] == 269
-    assert len(set(tokenizer["tokens"])) == 269
-    assert END not in decode(encode(text))
-    assert 269 not in encode(END)  # a text cannot spell the end
-
-
-def slow_bpe(words, vocab_size):
-    """Byte-pair encoding as it is told: words {bytes: count}."""
-    tokens = [bytes([i]) for i in range(256)]
-    words = [([bytes([i]) for i in word], count) for word, count in words.items()]
-    while len(tokens) < vocab_size:
-        pairs = {}
-        for parts, count in words:
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] = pairs.get(pair, 0) + count
-        order = {token: i for i, token in enumerate(tokens)}
-        rank = lambda pair: (-pairs[pair], order[pair[0]], order[pair[1]])
-        best = min(pairs, key=rank)
-        tokens.append(best[0] + best[1])
-        for parts, _ in words:
-            i = 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == best:
-                    parts[i : i + 2] = [tokens[-1]]
-                i += 1
-    return tokens
-
-
-def test_bpe_merges_the_most_frequent_pair():
-    words = {b"aaa": 5, b"aaaaa": 2, b"banana": 3, b"abab": 4, b"bandana": 1, b"aab": 2}
-    text = " ".join(word.decode() for word, count in words.items() for _ in range(count))
-    counted = {b" " + word: count for word, count in words.items()}
-    first = next(iter(words))
-    counted[b" " + first] -= 1
-    counted[first] = 1
-    tokens = prepare_data.learn_bpe(text, 270)
-    assert tokens == slow_bpe(counted, 270)
+    assert tokenizer["end"] == 269 not in encode(END)  # a text cannot spell the end
+    assert decode([269, 270]) == END  # 270 is a mask
+    with pytest.raises(UserError, match="bpe:.*char") as error:
+        make_tokenizer("bpe:9999", [text])
+    fewer = re.search(r"bpe:\d+", str(error.value))[0]
+    make_tokenizer(fewer, [text])
 
 
 def test_char_tokenizer_refuses_what_it_cannot_say():
-    encode, decode = load_tokenizer(make_tokenizer("char", "abca"))
+    encode, decode = load_tokenizer(make_tokenizer("char", ["ab", "ca"]))
     assert decode(encode("cab")) == "cab"
-    with pytest.raises(ValueError, match="'d'"):
+    with pytest.raises(UserError, match="'d'"):
         encode("bad")
-    assert decode([0, 3, 1]) == f"a{END}b"
-    assert decode([0, 4, 1]) == "ab"  # 4 is a mask
+    assert decode([0, 3, 4, 1]) == f"a{END}b"  # 4 is a mask
+
+
+def test_integers_have_no_text(tmp_path):
+    """Somebody's own arrays: wide integers, and the one key that is needed."""
+    np.arange(100_000, dtype=np.uint32).tofile(tmp_path / "train.bin")
+    np.arange(10, dtype=np.uint32).tofile(tmp_path / "val.bin")
+    own = {"vocab_size": 100_000, "dtype": "uint32"}
+    (tmp_path / "meta.json").write_text(json.dumps(own))
+    train, val, meta = open_data(tmp_path)
+    assert train[-1] == 99_999 and len(val) == 10
+    for function in load_tokenizer(meta["tokenizer"]):
+        with pytest.raises(UserError, match="integers"):
+            function([1])
+    with pytest.raises(UserError, match="val.jsonl"):
+        open_problems(tmp_path)
+    prepare_data.check_tokenizer(meta, meta)
+    other = {"tokenizer": {**meta["tokenizer"], "vocab_size": 7}}
+    with pytest.raises(UserError, match="another tokenizer"):
+        prepare_data.check_tokenizer(meta, other)
+    (tmp_path / "meta.json").write_text(json.dumps(own | {"vocab_size": 99_999}))
+    with pytest.raises(UserError, match="vocab_size"):
+        open_data(tmp_path)
 
 
 GPT2 = pytest.mark.skipif(
@@ -2186,59 +2806,70 @@ def test_gpt2_vocabulary(tmp_path):
     assert decode([50257, 15496, 50257, 995]) == "Hello world"  # [PAD] is dropped
 
 
+def write_tokenizer_json(path, size, lowercase=False):
+    """A byte-level tokenizer.json with an end token and so many tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    names = letters + [f"filler{i}" for i in range(size - len(letters) - 1)]
+    vocab = {name: i for i, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if lowercase:
+        tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.add_special_tokens([END])
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(path))
+
+
+def test_tokenizer_json(tmp_path):
+    """Any tokenizer of the package tokenizers; ids above 65,535 are written as uint32."""
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer_json(path, 70_000)
+    row = json.dumps({"question": f"Is {END} it?", "answer": "Yes ☃"})
+    (tmp_path / "rows").write_text(row)
+    files = dict(input=f"{tmp_path}/rows", test=f"{tmp_path}/rows", tokenizer=str(path))
+    meta = prepare("problems", tmp_path, **files, seq_len=40)
+    train, val, _ = open_data(tmp_path / "problems")
+    assert train.dtype == np.uint32 and val.tolist() == train.tolist()
+    encode, decode = load_tokenizer(meta["tokenizer"])
+    end = meta["tokenizer"]["end"]
+    assert end == 69_999 and decode([end, 70_000]) == END
+    question, answer = encode(f"Is {END} it?"), encode("Yes ☃")
+    row = [*question, end, *answer, end]
+    assert train.tolist() == row + [end] * (40 - len(row))
+    assert decode(answer) == "Yes ☃"
+    write_tokenizer_json(path, 300, lowercase=True)
+    with pytest.raises(UserError, match="yes ☃"):  # the judge would call every answer wrong
+        prepare("problems", tmp_path, **files)
+
+
 # ----------------------------------------------------------------------------------------------
 # Datasets
 
 
-def entropy(p):
+def data_entropy(p):
     """Nats."""
     return -sum(x * math.log(x) for x in p if x)
 
 
-def write_chain(path, states=12, successors=3, length=60_000):
-    """Write a text of letters, a random Markov chain in which each has few successors. Returns the
-    entropies, exact: of the first token of a sequence, and of every other."""
-    rng = np.random.default_rng(1)
-    transitions = np.zeros((states, states))
-    for row in transitions:
-        row[rng.choice(states, successors, replace=False)] = rng.dirichlet(np.ones(successors))
-    lazy = (np.eye(states) + transitions) / 2  # so that a periodic chain converges too
-    stationary = np.linalg.matrix_power(lazy, 10_000).mean(0)
-    cumulative = transitions.cumsum(1)
-    state, text = 0, ""
-    for u in rng.random(length):
-        text += chr(ord("A") + state)
-        state = min(np.searchsorted(cumulative[state], u, side="right"), states - 1)
-    path.write_text(text)
-    return entropy(stationary), stationary @ [entropy(row) for row in transitions]
-
-
-def prepare_chain(folder, **chain):
-    """folder/text, a chain, and its entropies."""
-    path = folder / "chain.txt"
-    entropies = write_chain(path, **chain)
-    return prepare("text", folder, input=str(path), tokenizer="char"), entropies
-
-
 @pytest.mark.parametrize("kind", ["char", "bpe:260"])
-def test_text_file_round_trip(tmp_path, kind):
+def test_text_file_round_trip(tmp_path, kind, monkeypatch):
+    """A text in pieces; a byte-order mark is no part of it."""
+    monkeypatch.setattr(prepare_data, "PIECE", 700)
     text = "hello wörld\n" * 100
-    path = tmp_path / "in.txt"
-    path.write_text(text, encoding="utf-8")
-    meta = prepare("text", tmp_path, input=str(path), tokenizer=kind)
-    tokens, val, _ = open_data(tmp_path / "text")
-    assert (len(tokens), len(val)) == (meta["train_tokens"], meta["val_tokens"])
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8-sig")
+    meta = prepare("text", tmp_path, input=f"{tmp_path}/in.txt", tokenizer=kind, name="book")
+    train, val, read = open_data(tmp_path / "book")
+    assert read == meta
+    assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
     decode = load_tokenizer(meta["tokenizer"])[1]
-    first, second = (decode(part.tolist()).replace(END, "") for part in (tokens, val))
-    assert first + second == text
-    assert len(first) == len(text) * 9 // 10
-    assert meta["bytes_per_token"] == len(second.encode()) / len(val)
+    first, second = (decode(part.tolist()).split(END)[:-1] for part in (train, val))
+    assert first[0] + second[0] + first[1] + second[1] == text
+    assert [len(part) for part in first] == [630, 450]
+    assert meta["bytes_per_token"] == len("".join(second).encode()) / len(val)
     share = np.bincount(val) / len(val)
-    assert meta["unigram_nats"] == pytest.approx(entropy(share))
-
-
-def test_the_same_documents_are_held_out_everywhere():
-    assert [i for i in range(60) if part_of(i) == "val"] == [9, 39, 49, 51, 55]
+    assert meta["unigram_nats"] == pytest.approx(data_entropy(share))
 
 
 def test_a_folder_of_documents(tmp_path, monkeypatch):
@@ -2252,40 +2883,115 @@ def test_a_folder_of_documents(tmp_path, monkeypatch):
     (tmp_path / "short.py").write_text('"""Short."""')
     (tmp_path / "copy.py").write_text((tmp_path / "m00.py").read_text())
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert set(prepare_data.pydocs()) < set(prepare_data.pydocs(["tqdm", "nowhere"]))
     prepare("pydocs", tmp_path / "data", tokenizer="bpe:300")
     *parts, meta = open_data(tmp_path / "data" / "pydocs")
     decode = load_tokenizer(meta["tokenizer"])[1]
-    documents = [decode(part.tolist()).split(END)[:-1] for part in parts]
-    joined = "".join(documents[0] + documents[1])
+    train, val = (decode(part.tolist()).split(END)[:-1] for part in parts)
+    joined = "".join(train + val)
     assert joined.count("Module 0 has") == 1
     assert len(re.findall("more than forty letters", joined)) == 40
     assert "Nobody" not in joined
-    assert "Short." not in documents[0] + documents[1]
-    assert set(documents[0]).isdisjoint(documents[1])
-    assert 0 < len(documents[1]) < len(documents[0]) / 5
+    assert "Short." not in train + val
+    assert set(train).isdisjoint(val)
+    assert 0 < len(val) < len(train) / 5
+    held_out = [i for i in range(60) if prepare_data.part_of(i) == "val"]
+    assert held_out == [9, 39, 49, 51, 55]
 
 
-def test_alldocs_adds_packages(tmp_path, monkeypatch):
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(prepare_data, "PACKAGES", ["tqdm", "nowhere"])
-    few = set(prepare_data.pydocs())
-    more = set(prepare_data.pydocs(prepare_data.PACKAGES))
-    assert few < more
-    assert any("Decorate an iterable object" in text for text in more - few)
+class Hub:
+    """A stand-in for the package datasets, whose connection is lost after some rows."""
+
+    def __init__(self, rows, error=None):
+        self.rows, self.error = rows, error
+
+    def load_dataset(self, name, config, split, streaming):
+        self.asked = (name, config)
+        yield from self.rows
+        if self.error:
+            raise self.error
 
 
-def test_openwebtext_is_streamed(tmp_path, monkeypatch):
-    """Documents are written as they come, tokens learned from the first of them."""
-    rows = [{"text": f"document {i} " * 5} for i in range(300)]
-    hub = SimpleNamespace(load_dataset=lambda name, split, streaming: iter(rows))
+ROWS = [{"text": f"document {i} " * 5, "id": i} for i in range(300)]
+ROWS += [{"text": None}, {"text": ""}]
+
+
+def test_documents_are_streamed(tmp_path, monkeypatch):
+    """... and at most --documents of them; those without a text are left out."""
+    hub = Hub(ROWS)
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    monkeypatch.setattr(prepare_data, "SAMPLE", 100)
-    meta = prepare("openwebtext", tmp_path, tokenizer="bpe:262")
-    tokens, val, _ = open_data(tmp_path / "openwebtext")
+    meta = prepare("fineweb", tmp_path, tokenizer="bpe:262")
+    assert hub.asked == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+    train, val, _ = open_data(tmp_path / "fineweb")
     decode = load_tokenizer(meta["tokenizer"])[1]
-    texts = [decode(part.tolist()).split(END)[:-1] for part in (tokens, val)]
-    assert sorted(texts[0] + texts[1]) == sorted(row["text"] for row in rows)
-    assert meta["bytes_per_token"] == len("".join(texts[1]).encode()) / len(val)
+    texts = [decode(part.tolist()).split(END)[:-1] for part in (train, val)]
+    assert sorted(texts[0] + texts[1]) == sorted(row["text"] for row in ROWS[:300])
+    capped = prepare("openwebtext", tmp_path, tokenizer="char", documents=20)
+    end = capped["tokenizer"]["end"]
+    assert sum((part == end).sum() for part in open_data(tmp_path / "openwebtext")[:2]) == 20
+
+
+@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt(), LookupError()])
+def test_what_came_of_a_lost_stream_is_a_dataset(tmp_path, monkeypatch, error):
+    rows = [{"question": f"{i}?", "code": f"return {i}", "more": 0} for i in range(100)]
+    monkeypatch.setitem(sys.modules, "datasets", Hub(rows, error))
+    expected = UserError if isinstance(error, RuntimeError) else type(error)
+    flags = dict(tokenizer="bpe:260", seq_len=20)
+    with pytest.raises(expected):
+        prepare("tinygsm", tmp_path, **flags)  # lost while tokens are learned
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(prepare_data, "SAMPLE", 100)
+    with pytest.raises(expected):
+        prepare("tinygsm", tmp_path, **flags)
+    train, val, meta = open_data(tmp_path / "tinygsm")
+    assert len(train) + len(val) == 100 * meta["row_length"] == 2000
+    assert os.listdir(tmp_path) == ["tinygsm"]
+    with pytest.raises(UserError, match="--name"):  # days of work are not replaced
+        prepare("tinygsm", tmp_path, **flags)
+
+
+def prepare_text(folder, text, **more):
+    (folder / "in.txt").write_text(text)
+    return prepare("text", folder, input=f"{folder}/in.txt", tokenizer="char", **more)
+
+
+def test_nothing_is_lost_by_replacing(tmp_path, monkeypatch):
+    """A dataset is replaced by one of the same file, as a whole or not at all, through a link."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "text").symlink_to(tmp_path / "disk")
+    prepare_text(tmp_path, "abc" * 100)
+    before = (tmp_path / "text" / "train.bin").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("json.dump", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_text(tmp_path, "abc" * 200)
+    assert (tmp_path / "text" / "train.bin").read_bytes() == before
+    assert prepare_text(tmp_path, "abc" * 200)["val_tokens"] == 61
+    assert len(open_data(tmp_path / "disk")[1]) == 61
+    assert set(os.listdir(tmp_path)) == {"text", "disk", "in.txt"}
+    (tmp_path / "other.txt").write_text("other")
+    for source in ({"source": "math"}, {"source": "text", "input": f"{tmp_path}/other.txt"}):
+        with pytest.raises(UserError, match="--name"):
+            prepare(**source, data_dir=tmp_path, name="text")
+    (tmp_path / "math").mkdir()
+    (tmp_path / "math" / "book.txt").write_text("precious")
+    with pytest.raises(UserError, match="--name"):
+        prepare("math", tmp_path)
+    assert (tmp_path / "math" / "book.txt").read_text() == "precious"
+
+
+def test_damaged_datasets_are_refused(tmp_path):
+    folder = tmp_path / "text"
+    with pytest.raises(UserError, match="prepare_data.py"):
+        open_data(folder)
+    prepare_text(tmp_path, "abc" * 500)
+    with open(folder / "val.bin", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match="damaged"):
+        open_data(folder)
+    (folder / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        open_data(folder)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2299,279 +3005,195 @@ def wording_of(question):
     return re.sub(rf"\d+|\b({names})\b|{things}", "_", question)
 
 
-@pytest.mark.parametrize("difficulty", [2, 3, 4])
+@pytest.mark.parametrize("difficulty", [2, 4, 8])
 def test_math_problems_are_right_and_disjoint(difficulty):
-    problems = list(math_problems(difficulty, 400, seed=1))
+    problems = list(math_problems(difficulty, 200, seed=1))
     sides = {"train": [], "val": []}
     for part, problem in problems:
         sides[part].append(problem)
-    assert (len(sides["train"]), len(sides["val"])) == (400, 20)
-    both = sides["train"] + sides["val"]
-    for question, program in both:
-        answer = solve(program)
-        assert answer > 0 and answer == int(answer)
+    assert (len(sides["train"]), len(sides["val"])) == (200, 10)
+    for question, program in sides["train"] + sides["val"]:
         variables = {}
         for line in program.splitlines()[1:-1]:
             exec(line.strip(), {}, variables)  # ours, so Python may
             assert all(x > 0 and x == int(x) for x in variables.values())
-        assert variables["result"] == answer
-        operations = len(re.findall(r" [-+*/] ", program))
-        assert operations == difficulty
+        assert variables["result"] == solve(program)
+        assert len(re.findall(r" [-+*/] ", program)) == difficulty
     wordings, numbers = [], []
     for part in sides.values():
         wordings.append({wording_of(question) for question, _ in part})
         numbers.append({tuple(re.findall(r"\d+", question)[:2]) for question, _ in part})
     assert wordings[0].isdisjoint(wordings[1])
     assert numbers[0].isdisjoint(numbers[1])
-    shapes = {re.sub(r"\d+|\b[a-z]{3}\b", "_", program) for _, program in both}
-    assert len(shapes) > 25
-    assert problems == list(math_problems(difficulty, 400, seed=1))
-    assert problems != list(math_problems(difficulty, 400, seed=2))
-
-
-def test_held_out_wordings_are_made_of_known_sentences():
-    seen = {"train": set(), "val": set()}
-    for part, (question, _) in math_problems(2, 1500, seed=0):
-        seen[part] |= set(re.split(r"(?<=[.?]) ", wording_of(question)))
-    assert seen["val"] <= seen["train"]
+    assert problems == list(math_problems(difficulty, 200, seed=1))
+    assert problems != list(math_problems(difficulty, 200, seed=2))
 
 
 def test_rows_of_problems(tmp_path):
-    """Question, end, program, ends; as tokens of the texts by themselves."""
+    """Question, end, program, ends; as tokens of the texts by themselves. Those that are too long
+    are counted for each part, and stay problems for the judge."""
     meta = prepare("math", tmp_path, problems=400, seq_len=100, difficulty=3)
     train, val, read = open_data(tmp_path / "math")
     end, L = read["tokenizer"]["end"], read["row_length"]
     assert L == 100 and read["vocab_size"] == 512
-    encode, decode = load_tokenizer(read["tokenizer"])
-    problems = list(math_problems(3, 400, 0))
-    lengths, written = [], {"train": [], "val": []}
-    for part, (question, program) in problems:
+    encode = load_tokenizer(read["tokenizer"])[0]
+    written, dropped = {"train": [], "val": []}, {"train": 0, "val": 0}
+    scored, n_bytes = [], 0
+    for part, (question, program) in math_problems(3, 400, 0):
         row = encode(question) + [end] + encode(program) + [end]
-        lengths.append(len(row))
-        if len(row) <= L:
-            written[part].append(row + [end] * (L - len(row)))
-    assert 0 < meta["dropped"] == sum(length > L for length in lengths) < 420
+        if len(row) > L:
+            dropped[part] += 1
+            continue
+        written[part].append(row + [end] * (L - len(row)))
+        if part == "val":
+            scored += encode(program) + [end]
+            n_bytes += len(program)
+    assert 0 < meta["train_dropped"] == dropped["train"] < 400
+    assert 0 < meta["val_dropped"] == dropped["val"] < 20
     assert train.reshape(-1, L).tolist() == written["train"]
     assert val.reshape(-1, L).tolist() == written["val"]
-    answers = [decode(row).split(END)[1] for row in written["val"]]
-    assert all(solve(answer) for answer in answers)
-    n_scored = sum(len(encode(answer)) + 1 for answer in answers)
-    assert meta["bytes_per_token"] == len("".join(answers)) / n_scored
+    problems = [problem for part, problem in math_problems(3, 400, 0) if part == "val"]
+    assert open_problems(tmp_path / "math") == problems
+    assert meta["bytes_per_token"] == n_bytes / len(scored)
+    assert val[is_answer(val.reshape(-1, L), end).ravel()].tolist() == scored
+    share = np.bincount(scored) / len(scored)
+    assert meta["unigram_nats"] == pytest.approx(data_entropy(share))
+
+
+def test_question_and_answer_as_a_model_knows_them():
+    encode, ours = (lambda text: [ord(x) for x in text]), {"end": 9}
+    assert prepare_data.encode_problem(ours, encode, "AB", "C") == ([65, 66, 9], [67, 9])
+    theirs = {"start": 8, "end": 9, "separator": "\\n"}
+    expected = ([8, 65, 66, ord("\\"), ord("n")], [9])
+    assert prepare_data.encode_problem(theirs, encode, "AB") == expected
 
 
 @pytest.mark.parametrize("library", [np.array, torch.tensor])
-def test_is_question(library):
-    rows = library([[1, 2, 9, 3, 9, 9], [9, 1, 9, 9, 9, 9], [1, 2, 3, 4, 5, 6]])
-    expected = [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
-    assert is_question(rows, 9).tolist() == [[bool(x) for x in row] for row in expected]
-
-
-def test_problems_of_files(tmp_path):
-    """Answers as in GSM8K, and programs."""
-    answer = "She has 9 + 9 = <<9+9=18>>18 cakes.\n#### 18"
-    rows = [{"question": f"How many are 9 and {i}?", "answer": answer} for i in range(50)]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    code = "def simple_math_problem():\n    return 18"
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "9 and 9?", "answer": code}))
-    files = dict(input=f"{tmp_path}/train.jsonl", test=f"{tmp_path}/test.jsonl")
-    prepare("problems", tmp_path, **files, tokenizer="bpe:270", seq_len=150)
-    train, val, meta = open_data(tmp_path / "problems")
-    decode = load_tokenizer(meta["tokenizer"])[1]
-    assert decode(train[:150].tolist()).split(END)[:2] == [rows[0]["question"], answer]
-    assert decode(val.tolist()).split(END)[:2] == ["9 and 9?", code]
-    assert len(train) == 50 * 150
-
-
-def test_tinygsm_is_streamed(tmp_path, monkeypatch):
-    rows = [{"question": f"{i}?", "code": f"return {i}", "more": 0} for i in range(100)]
-    hub = SimpleNamespace(load_dataset=lambda name, split, streaming: iter(rows))
-    monkeypatch.setitem(sys.modules, "datasets", hub)
-    meta = prepare("tinygsm", tmp_path, tokenizer="bpe:260", seq_len=20)
-    assert meta["train_tokens"] + meta["val_tokens"] == 2000
-    assert meta["row_length"] == 20
+def test_is_question_and_is_answer(library):
+    letters = "ab.c.. .a.... ...... abcdef".split()
+    rows = library([[ord(letter) for letter in row] for row in letters])
+    for function, expected in (
+        (is_question, "###... #..... #..... ######"),
+        (is_answer, "...##. .##... .#.... ......"),
+    ):
+        found = function(rows, ord(".")).tolist()
+        shown = ["".join(".#"[x] for x in row) for row in found]
+        assert shown == expected.split()
 
 
 # ----------------------------------------------------------------------------------------------
 # Answers
 
-ORDINARY = {
+PROGRAMS = {
     "return 7": 7,
-    "x = 3\ny = 4\nreturn x * y": 12,
     "def simple_math_problem():\n    '''How many?'''\n    a = 2\n    return a + 1\n": 3,
-    "import math\ndef simple_math_problem():\n    return math.ceil(7 / 2)": 4,
-    "def simple_math_problem() -> int:\n    import math\n    return math.floor(3.9)": 3,
-    "return math.sqrt(16)": 4,
+    "def simple_math_problem() -> int:\n    import math\n    return math.ceil(3.1)": 4,
+    "return math.sqrt(16) + math.floor(3.9)": 7,
     "return 7 // 2 + 7 % 4 - 2 ** 3 + 1 / 4": -1.75,
-    "return -(-3) + 1": 4,
-    "x = 5\nx += 2\nx *= 3\nx -= 1\nx /= 4\nreturn x": 5,
+    "x = 5\nx += 2\nx *= 3\nx -= 1\nx /= 4\nreturn -(-x)": 5,
     "return max(1, 5, 3) - min(2, 4) + abs(-3)": 6,
     "return round(2.567, 1) + round(3.4) + int(9.7) + float(1)": 15.6,
     "return 5\nreturn 6": 5,
     "def simple_math_problem():\n    return 5\nprint(6)": 5,
-    "return 2 ** -100000": 0,
+    "x = 3\nif x < 2 or x == 4:\n    x = 10\nelif x >= 3:\n    return 30\nreturn x": 30,
+    "x = 3\nif x > 2 and not x != 3:\n    x = 10\nelse:\n    x = 20\nreturn x": 10,
+    "return 1 if 2 <= 1 else 0.5": 0.5,
+    "return 9if 1else 2": 9,
+    "x: int = 0\nfor i in range(2, 9, 3):\n    x += i\nreturn x": 15,
+    "for i in range(9):\n  for j in range(9):\n    if i * j == 42:\n      return i + j": 13,
+    "x = []\nfor i in [3, 1, 2]:\n    x.append(2 * i)\nreturn sum(x) + 10 * len(x) + x[-1]": 46,
+    "x = [1] + [2, 7]\nx += [True]\nreturn max(x) + min(x) + round(x[1])": 10,
+    "s = 0\nfor day in range(365):\n    if day % 7 == 0:\n        s += day\nreturn s": 9646,
+    "return sum(range(1001))": 500_500,
 }
 
 
-@pytest.mark.parametrize("program", ORDINARY)
-def test_ordinary_programs(program):
-    assert solve(program) == ORDINARY[program]
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs(program):
+    assert solve(program) == PROGRAMS[program]
 
 
+LOOPS = "".join(" " * depth + "for i in x:\n" for depth in range(20)) + " " * 20 + "y = 1\n"
 NO_ANSWERS = [
     "",
     "no program at all",
-    "def simple_math_problem():\n    x = 5\n",  # no return
-    "def simple_math_problem():\n    return\n",
-    "def simple_math_problem():\n    retu",  # cut off
-    "def simple_math_problem():\n    return 5 +",
-    "def simple_math_problem(",
-    "def another_problem():\n    return 5",
-    "def simple_math_problem(x):\n    return 5",
+    "x = 5\n",
+    "return",
     "return True",
+    "return 1 < 2",
     "return [1]",
+    "return [[1]]",
     "return unknown",
     "return 1 / 0",
     "return 'five'",
-    "return f'{5}'",
-    "return None",
     "return 1j",
     "return (-8) ** 0.5",
-    "return 1e999",
-    "return -1e999",
     "return 1e999 - 1e999",
-    "return float('nan')",
-    "return float('inf')",
+    "return 1e31",
     "return 10 ** 10 ** 10",
-    "return 10 ** 10 ** 10 % 7",
-    "return (10 ** 10 ** 10) > 1",
     "return 1 << 10 ** 9",
-    "return 1 >> 1",
-    "return 5 & 4",
-    "return ~5",
-    "x = 9\nfor i in range(60):\n    x *= x\nreturn x",
-    "x = 9\nfor i in range(60):\n    x = x ** 9\nreturn x",
-    "return round(5, -10 ** 9) + 10 ** 31",
-    "return " + "9" * 1000,
-    "return 0x" + "f" * 1000,
-    "return [0] * 10 ** 9",
-    "return len([0] * 9)",
-    "return len([1] + [2])",
-    "return 'x' * 10 ** 9",
-    "return len('xx')",
-    "x = [1]\nx += [2]\nreturn 5",
-    "x = [[1, 2], [3, 4]]\nreturn 5",
-    "x = [1]\ny = [1]\nx == y\nreturn 5",
-    "return sum(range(10 ** 12))",
-    "return len(range(10 ** 30))",
-    "return sum(i for i in range(9))",
-    "return sum([i for i in range(9)])",
-    "return [[[0 for i in range(99999)] for j in range(99999)] for k in range(99999)]",
-    "return len({i for i in range(9)})",
-    "for i in range(10 ** 9):\n    x = i\nreturn 5",
-    "for i in range(101):\n    for j in range(101):\n        x = i\nreturn 5",
-    "r = range(4000)\nfor i in range(99):\n    s = sum(r)\nreturn s",
-    "while True:\n    x = 1\nreturn 5",
-    "while 0:\n    x = 1\nreturn 5",
+    "return " + "9" * 1990,
+    "def another_problem():\n    return 5",
+    "def simple_math_problem(x):\n    return 5",
     "def simple_math_problem():\n    return simple_math_problem()",
-    "def f():\n    return f()\nreturn f()",
-    "return (lambda: 5)()",
-    "return (x := 5)",
-    "return ().__class__",
     "return ().__class__.__base__.__subclasses__()",
-    "return (5).real",
-    "return math.pi",
-    "return math.factorial(10 ** 9)",
     "return math.__loader__.load_module('os').system('true')",
-    "return abs.__self__.exec('1')",
+    "return math.factorial(10 ** 9)",
     "import os\nreturn 5",
-    "import os as math\nreturn 5",
     "import math as m\nreturn 5",
-    "import math, os\nreturn 5",
-    "from math import sqrt\nreturn 5",
-    "__import__('os').system('true')\nreturn 5",
+    "return __import__('os')",
     "print(5)\nreturn 5",
-    "return eval('5')",
-    "return getattr(5, 'real')",
-    "return open('/etc/passwd')",
-    "exec('x = 5')\nreturn x",
     "return max([1, 2], key=abs)",
     "return max(*[1, 2])",
-    "return int('5')",
-    "return sum([[1], [2]], [])",
-    "x = [1, 2]\nx[0] = 5\nreturn 5",
-    "x = [1, 2]\nreturn x[0]",
+    "return sum(i for i in range(9))",
+    "return (lambda: 5)()",
     "x.y = 5\nreturn 5",
-    "math.ceil = abs\nreturn 5",
-    "x: int = 5\nreturn x",
-    "del x\nreturn 5",
-    "global x\nreturn 5",
-    "class A: pass\nreturn 5",
-    "try:\n    x = 1 / 0\nexcept: pass\nreturn 5",
-    "with x: pass\nreturn 5",
-    "async def simple_math_problem():\n    return 5",
-    "yield 5",
-    "return await x",
-    "raise ValueError",
-    "assert 5\nreturn 5",
-    "match 5:\n    case 5:\n        return 5",
-    "return 5 in [5]",
-    "return 5 is 5",
-    "return {1: 2}",
-    "return (" * 5000,
-    "(" * 190,
-    "[" * 190,
+    "while True:\n    x = 1\nreturn 5",
+    "return [0] * 10 ** 9",
+    "return sum(range(10 ** 12))",
+    "for i in range(10 ** 9):\n    x = i\nreturn 5",
+    "x = range(1000)\n" + LOOPS,
+    "x = [1]\nfor i in x:\n    x.append(i)\nreturn 5",
+    "x = [1]\nfor i in range(60):\n    x = x + x\nreturn 5",
+    "x = range(2000)\nfor i in x:\n    y = max(x)\nreturn 5",
+    "x = [1]\nx.append(x)\nreturn 5",
     "return " + "-" * 1500 + "1",
-    "return " + "not " * 400 + "1",
     "return " + "1+" * 990 + "1",
     "return " + "abs(" * 600,
-    "x" + ".a" * 900,
-    "if 1:" * 300,
+    "return (1)(2) is '\\d'",
     "\x00",
     "\ud800",
-    "return 5" + " " * 3000,
     "return 5 #" + "#" * 3000,
-    # what programs in general have, and ours do not
-    "return not 0",
-    "return 2 < 3",
-    "x = 3\nif x > 2:\n    x = 10\nreturn x",
-    "x = 3\nif x < 2 or x == 4:\n    x = 10\nelif x >= 3:\n    return 30\nreturn x",
-    "return 1 if 2 <= 1 else 0.5",
-    "return 1 if (0 and 1 / 0) else 2",
-    "return 0 and 1 / 0",
-    "total = 0\nfor i in range(5):\n    total += i\nreturn total",
-    "for i in range(9):\n  for j in range(9):\n    if i * j == 42:\n      return i + j",
-    "xs = [1, 2, 3]\nreturn sum(xs)",
-    "x = y = 5\nreturn x",
-    "x, y = 5, 6\nreturn x",
-    "####",
-    "#### none",
-    "the answer is 18",
 ]
 
 
 @pytest.mark.parametrize("program", NO_ANSWERS, ids=range(len(NO_ANSWERS)))
-def test_no_answer(program, monkeypatch):
-    """Hostile and broken programs: None, after a bounded number of steps."""
-    steps = []
-    read_expression = prepare_data.read_expression
+def test_no_answer(program, capfd):
+    """Hostile and broken programs: None, in little time and memory, without a word."""
+    tracemalloc.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert solve(program) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6
+    start = time.process_time()
+    solve(program)
+    assert time.process_time() - start < 0.5  # a tenth of that, on a machine that is not busy
+    assert capfd.readouterr() == ("", "")
 
-    def counted(expression, variables):
-        steps.append(expression)
-        return read_expression(expression, variables)
 
-    monkeypatch.setattr(prepare_data, "read_expression", counted)
-    assert len(NO_ANSWERS) >= 60
-    assert solve(program) is None
-    assert len(steps) <= prepare_data.LONGEST
+NUMBERS = {"18": 18, " 1,234": 1234, "$5": 5, "-3": -3, "2.50": 2.5, "$1,000,000.25": 1000000.25}
+NUMBERS |= {"-$18": -18, "$-18": -18, "+5": 5, "$ 18": 18, "**18**": 18, "**$18.**": 18, ".5": 0.5}
+NUMBERS |= {"18.": 18, "18%": 18, "€3": 3, "18\nMore words.": 18, "18\r\n": 18}
+NUMBERS |= dict.fromkeys(["3/4", "12,34", "1,5", "18 or 19", "18 x", "1e5", "1 000", "--5", "5-"])
+NUMBERS |= dict.fromkeys(["-$-5", "", "none", "18 #### 18", "١", "9" * 999, "*" * 99, " " * 9999])
 
 
-def test_gsm8k_answers():
-    forms = {"18": 18, "1,234": 1234, "$5": 5, "-3": -3, "2.50": 2.5, "$1,000,000.25": 1000000.25}
-    for form, number in forms.items():
-        assert solve(f"Some words 7.\n#### {form}") == number
-        assert solve(f"Some words 7.\n####{form} and more 9") == number
-    assert solve("#### 18.") == 18
-    assert solve("#### " + "9" * 500) < math.inf
+def test_numbers_of_answers():
+    """A number is all that stands there, or there is none."""
+    for line, number in NUMBERS.items():
+        assert solve(f"Some words 7.\n####{line}") == number, line
 
 
 def test_is_right():
@@ -2580,17 +3202,11 @@ def test_is_right():
     assert is_right("return 1.5000000001", reference)
     assert not is_right("return 1.50001", reference)
     assert not is_right("return None", reference)
-    assert not is_right("return None", "return None")
+    assert not is_right("#### 1000001", "#### 1000000")
     assert is_right("return 0.1 + 0.2 - 0.3", "return 0")
-
-
-def test_ten_thousand_answers():
-    problems = list(math_problems(4, 1000, seed=3))
-    answers = [program for _, (_, program) in problems]
-    answers += [f"Words.\n#### {i:,}" for i in range(10_000 - len(answers))]
-    assert sum(is_right(answer, answer) for answer in answers) == 10_000
-    wrong = [answer.replace("return result", "return result + 1") for answer in answers[:1000]]
-    assert not any(map(is_right, wrong, answers))
+    assert is_right(" C B A\n", "C B A")  # no number: the same text
+    assert not is_right("C B", "C B A")
+    assert is_right("1234", "1234")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2599,51 +3215,34 @@ def test_ten_thousand_answers():
 
 @dataclass
 class Flags:
-    hidden: int = 7
-    word: str = "a"  # a | bc: the first or the second
-    size: int = 3  # how many, at least 1
-    rate: float = 0.5  # 100% of it, at least 0, at most 0.75
-    sizes: tuple = (1, 16)  # numbers, at least 1
+    word: Literal["a", "bc"] = "a"  # the first or the second
+    size: int = 3 # 100% of it
+    rate: float = 0.5
+    sizes: tuple = (1, 16)  # numbers
     names: tuple = ("a",)  # words
     rates: tuple = ()  # numbers, if any
     on: bool = True  # yes
     off: bool = False  # no
-
-    def __post_init__(self):
-        check_settings(self)
+    secret: int = 7  # is no flag
 
 
-@dataclass
-class MoreFlags:
-    path: str = "here"  # where
+exec("@dataclass\nclass OfNoFile:\n    path: str = 'here'  # where")
 
 
 def read_flags(*argv, **more):
-    return parse_flags("What it does.", Flags, MoreFlags, argv=argv, **more)
+    return parse_flags("What it does.", Flags, OfNoFile, argv=argv, skip=("secret",), **more)
 
 
 def test_flags_have_the_types_of_their_defaults():
-    values = read_flags()
-    assert values == dict(
-        word="a",
-        size=3,
-        rate=0.5,
-        sizes=(1, 16),
-        names=("a",),
-        rates=(),
-        on=True,
-        off=False,
-        path="here",
-    )
+    own = {**vars(Flags()), "path": "here"}
+    del own["secret"]
+    assert read_flags() == own
     argv = "--word=bc --size=4 --rate=0.25 --sizes=2,3 --on=False --off --path=p"
     argv += " --names=x,y --rates=1,0.5"
     values = read_flags(*argv.split())
-    assert (values["word"], values["size"], values["rate"]) == ("bc", 4, 0.25)
-    assert (list(values["sizes"]), list(values["names"])) == ([2, 3], ["x", "y"])
-    assert list(values["rates"]) == [1.0, 0.5]
-    assert (values["on"], values["off"], values["path"]) == (False, True, "p")
-    assert from_values(Flags, values).size == 4
-    assert from_values(MoreFlags, values) == MoreFlags("p")
+    expected = dict(word="bc", size=4, rate=0.25, sizes=(2, 3), on=False, off=True, path="p")
+    assert values == {**expected, "names": ("x", "y"), "rates": (1.0, 0.5)}
+    assert prepare_data.from_values(OfNoFile, values) == OfNoFile("p")
 
 
 def test_defaults_of_flags_can_be_others(capsys):
@@ -2653,1317 +3252,113 @@ def test_defaults_of_flags_can_be_others(capsys):
         read_flags("--help", defaults=dict(size=5))
     assert stop.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    for part in ("What it does.", "at least 1 (default: 5)", "100% of it"):
+    for part in ("What it does.", "{a,bc}", "100% of it (default: 5)", "--path", "(1, 16)"):
         assert part in words
-    assert "hidden" not in words
+    assert "secret" not in words
 
 
 @pytest.mark.parametrize(
-    "flag", ["--nonsense=1", "--size=x", "--siz=4", "--sizes=1,x", "--on=maybe", "--hidden=1", "x"]
-)
-def test_flags_refuse(flag):
-    with pytest.raises(ValueError, match="--help lists the flags"):
-        read_flags(flag)
-
-
-@pytest.mark.parametrize(
-    "change",
+    "flag, word",
     [
-        dict(word="c"),
-        dict(size=0),
-        dict(size=math.nan),
-        dict(sizes=(2, 0)),
-        dict(rate=math.nan),
-        dict(rate=0.76),
+        ("--nonsense=1", "nonsense"),
+        ("--size=x", "size"),
+        ("--siz=4", "siz"),
+        ("--sizes=1,x", "sizes"),
+        ("--on=no", "true or false"),
+        ("--word=c", "bc"),
+        ("--secret=1", "secret"),
+        ("x", "x"),
     ],
 )
-def test_settings_out_of_bounds(change):
-    [name] = change
-    with pytest.raises(ValueError, match=name):
-        Flags(**change)
-
-
-def refused_data(capsys, folder, flags):
-    """The one line that prepare_data.py says as it refuses; nothing is left behind."""
-    data = folder / "data"
-    assert call(prepare_data, flags.replace("DIR", str(folder)), f"--data_dir={data}") == 2
-    out, err = capsys.readouterr()
-    [line] = err.splitlines()
-    assert line.startswith("prepare_data.py: ")
-    assert not data.exists() or not list(data.iterdir())
-    return line
+def test_flags_refuse(flag, word):
+    with pytest.raises(UserError, match=word):
+        read_flags(flag)
 
 
 @pytest.mark.parametrize(
     "flags, word",
     [
-        ("nonsense", "no dataset nonsense"),
+        ("nonsense", "nonsense"),
         ("text", "--input"),
         ("text --input=nowhere", "nowhere"),
-        ("text --input=DIR", "directory"),
-        ("text --input=DIR/binary", "utf-8"),
-        ("text --input=DIR/empty --tokenizer=char", "empty"),
-        ("text --input=DIR/short", "too small"),
-        ("text --input=DIR/small", "too small"),
-        ("text --input=DIR/small --tokenizer=words", "tokenizer"),
+        ("text --input=DIR/utf16", "utf16 is not UTF-8"),
+        ("text --input=DIR/empty --tokenizer=char", "too short"),
+        ("text --input=DIR/small --tokenizer=words", "bpe:SIZE"),
         ("text --input=DIR/small --tokenizer=bpe:200", "bpe:SIZE"),
         ("text --input=DIR/small --tokenizer=nowhere.json", "nowhere.json"),
-        ("math --difficulty=5", "difficulty"),
+        ("math --difficulty=9", "difficulty"),
+        ("fineweb --documents=-1", "documents"),
         ("math --problems=400 --seq_len=10", "seq_len"),
-        ("problems", "--input"),
         ("problems --input=DIR/good", "--test"),
-        ("problems --input=DIR/good --test=DIR/rows", "line 2"),
-        ("problems --input=DIR/good --test=DIR/small", "line 1"),
-        ("openwebtext", "datasets"),
-        ("tinygsm", "datasets"),
+        ("problems --input=DIR/good --test=DIR/rows --tokenizer=char", "rows, line 2"),
+        ("problems --input=DIR/good --test=DIR/half --tokenizer=char", "half, line 1"),
+        ("problems --input=DIR/good --test=DIR/null --tokenizer=char", "null, line 1"),
+        ("fineweb", "datasets"),
         ("shakespeare", "no network"),
     ],
 )
 def test_prepare_data_refuses(tmp_path, capsys, monkeypatch, flags, word):
+    """In one line, and nothing is left behind."""
     row = json.dumps({"question": "How many?", "answer": "#### 5"})
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "utf16").write_text("a book", encoding="utf-16")
     (tmp_path / "empty").write_text("")
-    (tmp_path / "short").write_text("a")
     (tmp_path / "small").write_text("abcdefgh" * 4)
     (tmp_path / "good").write_text(row)
     (tmp_path / "rows").write_text(f'{row}\n{{"question": "How?"}}')
+    (tmp_path / "half").write_text(json.dumps({"question": "\ud800", "answer": "5"}))
+    (tmp_path / "null").write_text(json.dumps({"question": "How?", "answer": None}))
     monkeypatch.setitem(sys.modules, "datasets", None)
-
-    def no_network(*args, **more):
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    assert word in refused_data(capsys, tmp_path, flags)
-
-
-def test_shakespeare_is_downloaded(tmp_path, monkeypatch):
-    class Reply:
-        read = staticmethod(lambda: b"To be, or not to be" * 50)
-
-    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **more: Reply)
-    meta = prepare("shakespeare", tmp_path, tokenizer="char")
-    assert meta["train_tokens"] + meta["val_tokens"] == 19 * 50 + 2  # end tokens
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **more: open("no network"))
+    data = tmp_path / "data"
+    argv = [*flags.replace("DIR", str(tmp_path)).split(), f"--data_dir={data}"]
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.run_script(lambda: call(prepare_data, *argv))
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and word in line
+    assert not data.exists() or not list(data.iterdir())
 
 
-def test_what_is_no_dataset_is_not_replaced(tmp_path, capsys):
-    (tmp_path / "math").mkdir()
-    (tmp_path / "math" / "book.txt").write_text("precious")
-    assert call(prepare_data, f"math --problems=400 --data_dir={tmp_path}") == 2
-    assert "no dataset" in capsys.readouterr().err
-    assert (tmp_path / "math" / "book.txt").read_text() == "precious"
-
-
-def test_a_failure_leaves_the_old_dataset(tmp_path, monkeypatch):
-    prepare_chain(tmp_path, length=1000)
-    before = (tmp_path / "text" / "train.bin").read_bytes()
-
-    def broken(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("json.dump", broken)
-    with pytest.raises(OSError, match="disk full"):
-        prepare_chain(tmp_path, length=2000)
-    assert (tmp_path / "text" / "train.bin").read_bytes() == before
-    monkeypatch.undo()
-    assert prepare_chain(tmp_path, length=2000)[0]["val_tokens"] == 201  # and an end token
-    assert set(os.listdir(tmp_path)) == {"text", "chain.txt"}
-
-
-def test_prepare_data_tells_what_it_made(tmp_path, capsys):
-    assert call(prepare_data, f"math --problems=400 --seq_len=80 --data_dir={tmp_path}") == 0
+def test_shakespeare_is_downloaded(tmp_path, monkeypatch, capsys):
+    reply = SimpleNamespace(read=lambda: b"To be, or not to be" * 50)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **more: reply)
+    call(prepare_data, "shakespeare", f"--data_dir={tmp_path}", "--tokenizer=char")
     out = capsys.readouterr().out
-    meta = open_data(tmp_path / "math")[2]
-    assert meta == json.loads((tmp_path / "math" / "meta.json").read_text())
-    assert f"{meta['train_tokens']:,}" in out
-    assert f"dropped: {meta['dropped']}" in out
+    assert f"{tmp_path}/shakespeare" in out
+    assert "train_tokens: 856" in out and "val_tokens: 96" in out  # with end tokens
 
 
-def test_prepare_data_in_a_place_that_is_a_file(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert call(prepare_data, f"math --problems=400 --data_dir={tmp_path}/file") == 2
-    assert "file" in capsys.readouterr().err
+@pytest.mark.parametrize("error", [ValueError("a bug"), ModuleNotFoundError(name="mymodule")])
+def test_a_bug_keeps_its_traceback(error):
+    def main():
+        raise error
 
+    with pytest.raises(type(error)):
+        prepare_data.run_script(main)
 
-def test_damaged_datasets_are_refused(tmp_path):
-    folder = tmp_path / "text"
-    with pytest.raises(ValueError, match="prepare_data.py"):
-        open_data(folder)
-    prepare_chain(tmp_path, length=1000)
-    with open(folder / "val.bin", "r+b") as file:
-        file.truncate(100)
-    with pytest.raises(ValueError, match="damaged"):
-        open_data(folder)
-    (folder / "meta.json").write_text("{}")
-    with pytest.raises(ValueError, match="damaged"):
-        open_data(folder)
 
-
-# ----------------------------------------------------------------------------------------------
-# Training
-
-SMALL = """
-    --dataset=text --seq_len=24 --n_layer=1 --n_head=2 --n_embd=16 --dropout=0.1 --device=cpu
-    --batch_size=8 --block_sizes=1,5 --eval_interval=1000 --eval_seqs=8
-"""
-PROBLEMS = "--dataset=math --seq_len=128"
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A folder with a Markov chain, and problems."""
-    folder = tmp_path_factory.mktemp("data")
-    prepare_chain(folder)
-    prepare("math", folder, problems=600)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Take back from train.py what it does with signals."""
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-
-def load_rows(data_dir, name, length):
-    return train.load_data(SimpleNamespace(data_dir=data_dir, dataset=name), length)
-
-
-def train_flags(data_dir, out, *more):
-    return " ".join([SMALL, f"--data_dir={data_dir} --out_dir={out}", *more])
-
-
-def run_training(data_dir, out, *flags):
-    """Run train.py; the content of its checkpoint."""
-    assert call(train, train_flags(data_dir, out, *flags)) == 0
-    return read_checkpoint(out / "ckpt.pt")
-
-
-@pytest.fixture
-def start(data_dir, tmp_path):
-    """A function that makes the (run, args) of some flags, without running it."""
-
-    def make(*flags):
-        argv = train_flags(data_dir, tmp_path / "out", *flags).split()
-        args, config = train.read_flags(argv)
-        return train.start(args, config), args
-
-    return make
-
-
-def leaves(x):
-    """Everything in nested dicts and lists, as tensors."""
-    if isinstance(x, dict):
-        x = list(x.values())
-    if isinstance(x, list):
-        return [leaf for part in x for leaf in leaves(part)]
-    return [torch.as_tensor(x)]
-
-
-def same(a, b):
-    """Equal, bit for bit."""
-    return all(map(torch.equal, leaves(a), leaves(b)))
-
-
-def state(content):
-    """All of a checkpoint that training goes on from."""
-    kept = [content[name] for name in ("model", "average", "best", "best_loss", "step")]
-    return kept + [optimizer["state"] for optimizer in content["optimizers"]]
-
-
-def at_step(monkeypatch, step, change):
-    """Let the result of a training step be change(result)."""
-    original = train.train_step
-
-    def changed(run, args):
-        result = original(run, args)
-        return change(result) if run.step == step else result
-
-    monkeypatch.setattr(train, "train_step", changed)
-
-
-def interrupt(result):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return result
-
-
-@pytest.mark.parametrize("step", [6, 7])  # behind step 7 stands an evaluation
-@pytest.mark.parametrize("flags", ["--noise=masked", "--noise=uniform --ar=paper", PROBLEMS])
-def test_resuming_equals_not_interrupting(data_dir, tmp_path, monkeypatch, flags, step):
-    """Bit for bit, with the log. The interruption is a signal in the middle of the run."""
-    flags += " --max_iters=12 --eval_interval=4"
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    expected = run_training(data_dir, whole, flags)
-    at_step(monkeypatch, step, interrupt)
-    stopped = run_training(data_dir, part, flags)
-    assert stopped["step"] == step + 1
-    assert not same(stopped["model"], expected["model"])
-    monkeypatch.undo()
-    assert call(train, f"--resume --out_dir={part} --device=cpu") == 0
-    assert same(state(read_checkpoint(part / "ckpt.pt")), state(expected))
-    assert (part / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
-
-
-@pytest.mark.parametrize("flags", ["--ar=paper", PROBLEMS])
-def test_parts_change_nothing(data_dir, tmp_path, flags):
-    """Four parts a step do what the whole batch does at once.
-
-    A gradient is a sum in another order, which differs by 1e-6 of the largest. AdamW divides each
-    by its own size: of the smallest, that makes 1e-4 of a step. The bounds have room for a factor
-    of 80. (Muon in bfloat16 made it 3e-2 of a step on another CPU.) An error moves weights by
-    steps."""
-    flags += " --max_iters=2 --dropout=0 --grad_clip=0"  # a clipped gradient hides its scale
-    flags += " --optimizer=adamw --learning_rate=1e-3 --warmup_iters=1"
-    one = run_training(data_dir, tmp_path / "one", flags)
-    parts = run_training(data_dir, tmp_path / "parts", flags, "--grad_accum=4")
-    moments, expected = (x["optimizers"][0]["state"].values() for x in (parts, one))
-    for a, b in zip(moments, expected):  # exp_avg: an average of the gradients
-        scale = b["exp_avg"].abs().max()
-        assert close(a["exp_avg"], b["exp_avg"], 1e-4 * scale)
-    for name, weight in one["model"].items():
-        assert close(parts["model"][name], weight, 1e-2 * 1e-3)
-
-
-def test_batches_are_stratified(start):
-    run, args = start("--block_sizes=1,5,24 --block_weights=0.25,0.5,0.25 --ar=paper")
-    for run.step in range(20):
-        batch = train.draw_batch(run, args, torch.arange(8))
-        parts = [train.draw_batch(run, args, rows) for rows in torch.arange(8).chunk(2)]
-        assert same(batch, [torch.cat(pair) for pair in zip(*parts)])
-        _, sizes, t, _, _ = batch
-        assert sorted(sizes.tolist()) == [1, 1, 5, 5, 5, 5, 24, 24]
-        levels = t[sizes == 5][:, ::5].flatten().sort().values
-        twentieth = torch.tensor((1 - args.t_min) / 20)
-        assert close(levels.diff(), twentieth, 1e-6)  # one level in each
-
-
-def test_rows_of_a_dataset(data_dir):
-    """Of problems, each is one; of a text there is one at every position."""
-    problems, _, _ = prepare_data.open_data(data_dir / "math")
-    rows, _, _ = load_rows(data_dir, "math", 128)
-    assert np.array_equal(rows, problems.reshape(-1, 128))
-    text, _, _ = prepare_data.open_data(data_dir / "text")
-    rows, _, _ = load_rows(data_dir, "text", 24)
-    assert len(rows) == len(text) - 23
-    assert np.array_equal(rows[1000], text[1000:1024])
-
-
-def test_learning_rate():
-    args = train.Settings(learning_rate=2.0, warmup_iters=10, max_iters=1000)
-    assert train.learning_rate(args, 0) == pytest.approx(0.2)
-    assert train.learning_rate(args, 500) == pytest.approx(1.0)  # half of the cosine
-    assert train.learning_rate(args, 999) < 1e-4
-    args.lr_decay = "constant"
-    assert [train.learning_rate(args, step) for step in (4, 500, 999)] == [1.0, 2.0, 2.0]
-
-
-def test_under_shift_every_row_has_block_size_1():
-    sizes, weights, ar_weight = train.sizes_of_rows([1, 5, 24], [0.25, 0.5, 0.25], "shift")
-    assert sizes.tolist() == [5, 24]
-    assert weights.tolist() == pytest.approx([2 / 3, 1 / 3])
-    assert ar_weight == 0.25
-
-
-def test_a_batch_of_problems_is_its_rows(start):
-    """Questions of different lengths: they are neither noised nor scored, and the loss of a row is
-    the mean over its answer, whatever stands beside it."""
-    run, args = start(PROBLEMS, "--dropout=0")
-    batch = train.draw_batch(run, args, torch.arange(8))
-    total = 0
-    for x0, size, t, u, given in zip(*batch):
-        length = given.sum()
-        assert given[:length].all()
-        assert x0[given].tolist().index(run.meta["tokenizer"]["end"]) == length - 1
-        row = x0[None], size[None], t[None], u[None], given[None]
-        with torch.no_grad():
-            losses = run.model.token_losses(*row, args.loss, run.ar_weight)[0]
-        assert not losses[given].any()
-        total += losses.sum() / (128 - length) / 8
-    assert batch[-1].sum(1).unique().numel() > 4
-    loss, _ = train.train_step(run, args)
-    assert close(loss, total, 1e-4)
-
-
-@BOTH
-@pytest.mark.parametrize("name, L, V", [("text", 24, 13), ("math", 128, 512)])
-@torch.no_grad()
-def test_validation(data_dir, name, L, V, ar):
-    """It depends on neither batch size nor call. At block size 1 it is the exact likelihood, here
-    token by token through the cache; of problems, that of the answer."""
-    _, data, meta = load_rows(data_dir, name, L)
-    model = tiny(vocab_size=V, seq_len=L, ar=ar)
-    for S in (1, 5, L):
-        (a, _), (b, _) = (train.evaluate(model, data, meta, S, 11, 3, size) for size in (1, 64))
-        assert a.shape == (11,)
-        assert close(a, b, 1e-4)
-    exact, lengths = train.evaluate(model, data, meta, 1, 2)
-    x0, given = train.read_rows(data, torch.tensor([0, len(data) - 1]), meta)
-    cache, nats = model.new_cache(2), []
-    for i in range(L):
-        commit = x0[:, i - 1 : i] if i else None
-        logits = model.denoise(torch.full((2, 1), V), cache, commit)
-        nats.append(F.cross_entropy(logits[:, 0], x0[:, i], reduction="none"))
-    scored = torch.stack(nats, 1) * ~given
-    assert close(exact, scored.sum(1) / (~given).sum(1), 1e-3)
-    assert lengths.tolist() == (~given).sum(1).tolist()
-
-
-BROKEN = [(math.nan, 1, "nan"), (2, math.inf, "inf"), (math.inf, 1, "inf")]
-
-
-@pytest.mark.parametrize("flags", ["--max_iters=10", "--max_iters=7", "--eval_interval=7"])
-@pytest.mark.parametrize("loss, norm, word", BROKEN)
-def test_a_broken_loss_stops_the_run(
-    data_dir, tmp_path, monkeypatch, capsys, loss, norm, word, flags
-):
-    """It is read a step later, but before anything is saved."""
-    good = run_training(data_dir, tmp_path, "--max_iters=4")
-    at_step(monkeypatch, 6, lambda result: torch.tensor([loss, norm]))
-    assert call(train, f"--resume --device=cpu --max_iters=12 --out_dir={tmp_path}", flags) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("train.py: stopped at step 6")
-    assert word in error
-    assert same(state(read_checkpoint(tmp_path / "ckpt.pt")), state(good))
-
-
-def test_best_weights(data_dir, tmp_path, monkeypatch):
-    """Validation gets worse on purpose, by the weighted mean of the block sizes. A sample takes the
-    weights that did best, --resume goes on from the last."""
-    figures = iter([1.0, 3.0, 5.0, 1.0, 4.0, 4.0, 4.0, 4.0])  # S = 1, S = 5, and so on
-    averages = []
-
-    def evaluate(model, *more):
-        averages.append(copy.deepcopy(model.state_dict()))
-        return torch.full((2,), next(figures)), torch.full((2,), 24)
-
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    flags = "--block_weights=0.25,0.75 --max_iters=6 --eval_interval=2 --lr_decay=constant"
-    content = run_training(data_dir, tmp_path, flags)
-    best = averages[2]  # the second of three evaluations, two block sizes each
-    assert same(content["best"], best)
-    assert same(content["average"], averages[-1])
-    assert not same(best, averages[-1])
-    assert content["best_loss"] == 2
-    assert call(train, f"--resume --device=cpu --max_iters=8 --out_dir={tmp_path}") == 0
-    model, content = load_checkpoint(tmp_path / "ckpt.pt")
-    assert same(model.state_dict(), best)
-    assert content["step"] == 8
-    monkeypatch.undo()
-    straight = run_training(data_dir, tmp_path / "straight", flags, "--max_iters=8")
-    last = read_checkpoint(tmp_path / "ckpt.pt")
-    for name in ("model", "average"):
-        assert same(last[name], straight[name])
-
-
-def test_training_starts_from_a_checkpoint(data_dir, tmp_path):
-    """--init_from: a mixture of block sizes from the best weights of an AR model. --resume does not
-    need that file again."""
-    first = tmp_path / "ar"
-    before = run_training(data_dir, first, "--max_iters=3 --block_sizes=1")
-    flags = f"--max_iters=1 --learning_rate=0 --init_from={first}/ckpt.pt"
-    after = run_training(data_dir, tmp_path, flags)
-    assert same(after["model"], before["best"])
-    flags = ["--device=cpu", f"--init_from={first}/ckpt.pt", "--dropout=0.5"]
-    args, config = train.read_flags(flags)  # the flags of the model alone are the checkpoint's
-    assert (config.n_head, config.seq_len, config.dropout) == (2, 24, 0.5)
-    assert args.batch_size == train.Settings.batch_size
-    os.remove(first / "ckpt.pt")
-    assert call(train, f"--resume --device=cpu --max_iters=2 --out_dir={tmp_path}") == 0
-
-
-@pytest.fixture(scope="session")
-def learned(data_dir, tmp_path_factory):
-    """Folders with small models that have learned the Markov chain, by noise."""
-    flags = """
-        --max_iters=300 --n_embd=32 --seq_len=32 --batch_size=16 --learning_rate=0.01 --dropout=0
-        --warmup_iters=20 --eval_seqs=64 --block_sizes=1,4
-    """
-    folders = {noise: tmp_path_factory.mktemp(noise) for noise in NOISES}
-    for noise, folder in folders.items():
-        run_training(data_dir, folder, flags, f"--noise={noise}")
-    return folders
-
-
-@pytest.mark.parametrize("noise", NOISES)
-def test_model_learns_a_markov_chain(data_dir, learned, tmp_path, noise):
-    """It all hangs together: soon far below the unigram entropy, near the chain's own, and never
-    below it."""
-    meta = open_data(data_dir / "text")[2]
-    of_first, of_others = write_chain(tmp_path / "again.txt")
-    truth = (of_first + 31 * of_others) / 32
-    above = meta["unigram_nats"] - truth
-    lines = (learned[noise] / "log.jsonl").read_text().splitlines()
-    validation = {}
-    for line in map(json.loads, lines[-2:]):
-        validation[line["block_size"]] = line["val"]
-    for S, share in ((1, 0.35), (4, 0.6)):
-        assert truth - 0.05 < validation[S] < truth + share * above
-
-
-# ----------------------------------------------------------------------------------------------
-# What users type
-
-
-@pytest.fixture(scope="session")
-def checkpoint(data_dir, tmp_path_factory):
-    """Of the Markov chain."""
-    out = tmp_path_factory.mktemp("out")
-    run_training(data_dir, out, "--max_iters=2")
-    return out / "ckpt.pt"
-
-
-@pytest.fixture(scope="session")
-def solver(data_dir, tmp_path_factory):
-    """A checkpoint of problems."""
-    out = tmp_path_factory.mktemp("solver")
-    run_training(data_dir, out, PROBLEMS, "--max_iters=2")
-    return out / "ckpt.pt"
-
-
-def refused(capsys, module, *flags):
-    """The one line that a script says as it exits with status 2."""
-    assert call(module, *flags) == 2
-    output = capsys.readouterr()
-    lines = output.err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith(f"{module.__name__}.py: ")
-    return lines[0]
-
-
-TRAIN_REFUSES = [
-    ("--nonsense", "nonsense"),
-    ("shakespeare", "shakespeare"),
-    ("--max_iter=5", "max_iter"),
-    ("--block_size=1,5", "block_size"),
-    ("--block_sizes=0,5", "block_sizes"),
-    ("--block_sizes=", "block_sizes"),
-    ("--block_weights=0.5,-0.5", "block_weights"),
-    ("--block_weights=1", "block_weights"),
-    ("--block_weights=0,1", "block_weights"),
-    ("--max_iters=0", "max_iters"),
-    ("--max_iters=x", "max_iters"),
-    ("--max_iters", "max_iters"),
-    ("--batch_size=1e3", "batch_size"),
-    ("--n_embd=17", "n_embd"),
-    ("--n_head=0", "n_head"),
-    ("--dropout=1", "dropout"),
-    ("--learning_rate=-1", "learning_rate"),
-    ("--learning_rate=nan", "learning_rate"),
-    ("--beta2=1", "beta2"),
-    ("--ema=1", "ema"),
-    ("--eval_seqs=1", "eval_seqs"),
-    ("--seed=x", "seed"),
-    ("--seed=99999999999999999999", "seed"),
-    ("--tied=maybe", "tied"),
-    ("--noise=gaussian", "noise"),
-    ("--schedule=cubic", "schedule"),
-    ("--ar=none", "ar"),
-    ("--token_causal=false", "ar must be paper"),
-    ("--loss=ce --noise=uniform", "masked"),
-    ("--preset=huge", "preset"),
-    ("--dtype=float16", "dtype"),
-    ("--compile=maybe", "compile"),
-    ("--device=tpu", "device"),
-    ("--device=cuda:0", "device"),
-    ("--dataset=nowhere", "prepare_data.py"),
-    ("--dataset=math", "--seq_len=128"),
-    ("--seq_len=7000", "too small"),
-    ("--seq_len=1 --block_sizes=1", "seq_len"),
-    ("--resume", "no checkpoint"),
-    ("--init_from=nowhere.pt", "nowhere.pt"),
-    ("--eval_only", "no checkpoint"),
-]
-
-
-@pytest.mark.parametrize("flags, word", TRAIN_REFUSES)
-def test_train_refuses(data_dir, tmp_path, capsys, flags, word):
-    out = tmp_path / "out"
-    assert word in refused(capsys, train, train_flags(data_dir, out, flags))
-    assert not out.exists()
-
-
-SAMPLE_REFUSES = [
-    ("--nonsense", "nonsense"),
-    ("--block_size=0", "block_size"),
-    ("--steps=0", "steps"),
-    ("--steps=2.5", "steps"),
-    ("--sampler=gibbs", "sampler"),
-    ("--sampler=arpc --criterion=luck", "criterion"),
-    ("--temperature=-1", "temperature"),
-    ("--temperature=nan", "temperature"),
-    ("--top_k=-1", "top_k"),
-    ("--threshold=2", "threshold"),
-    ("--guide_every=0", "guide_every"),
-    ("--length=25", "24"),
-    ("--length=-1", "length"),
-    ("--num_samples=0", "num_samples"),
-    ("--batch_size=0", "batch_size"),
-    ("--seed=99999999999999999999", "seed"),
-    ("--prompt=AAAAAAAAAAAAAAAAAAAAAAAAA", "prompt"),
-    ("--prompt=AB --length=1", "prompt"),
-    ("--prompt=é", "vocabulary"),
-    ("--template=A__é", "vocabulary"),
-    ("--template=A__ --length=2", "prompt"),
-    ("--prompt=A --template=A__", "template"),
-    ("--problem=3 --prompt=A", "problem"),
-    ("--problem=3", "no problems"),
-    ("--problem=-2", "problem"),
-    ("--device=tpu", "device"),
-    ("--device=cuda:0", "device"),
-    ("--ckpt=nowhere.pt", "nowhere.pt"),
-]
-
-
-@pytest.mark.parametrize("flags, word", SAMPLE_REFUSES)
-def test_sample_refuses(checkpoint, capsys, flags, word):
-    assert word in refused(capsys, sample, f"--ckpt={checkpoint}", flags)
-
-
-@pytest.mark.parametrize("flags", ["--problem=60", "--table --num_samples=61"])
-def test_there_is_no_such_problem(solver, capsys, flags):
-    assert "problem" in refused(capsys, sample, f"--ckpt={solver}", flags)
-
-
-def test_damaged_checkpoints_are_refused(checkpoint, tmp_path, capsys):
-    whole = checkpoint.read_bytes()
-    bad = tmp_path / "ckpt.pt"
-    flags = f"--ckpt={bad}"
-    for junk in (b"", b"text", whole[: len(whole) // 2]):
-        bad.write_bytes(junk)
-        assert "ckpt.pt" in refused(capsys, sample, flags)
-    content = torch.load(checkpoint)
-    save_checkpoint(bad, **content | {"config": {"unknown": 1}})
-    assert "ckpt.pt" in refused(capsys, sample, flags)
-    assert "ckpt.pt" in refused(capsys, train, f"--resume --device=cpu --out_dir={tmp_path}")
-
-
-def test_a_checkpoint_of_another_shape_is_refused(data_dir, checkpoint, tmp_path, capsys):
-    flags = f"--device=cpu --n_embd=32 --data_dir={data_dir}"
-    resume = f"--resume --out_dir={checkpoint.parent}"
-    assert "does not fit" in refused(capsys, train, flags, resume)
-    for flag in ("--n_head=4", "--optimizer=adamw"):
-        assert "no flag changes" in refused(capsys, train, flag, "--device=cpu", resume)
-    start = f"--dataset=text --out_dir={tmp_path} --init_from={checkpoint}"
-    assert "does not fit" in refused(capsys, train, flags, start)
-
-
-def test_a_checkpoint_of_other_data_is_refused(data_dir, checkpoint, tmp_path, capsys):
-    flags = f"--device=cpu --data_dir={data_dir} --dataset=math"
-    start = f"--out_dir={tmp_path} --init_from={checkpoint} --seq_len=128"
-    assert "another tokenizer" in refused(capsys, train, flags, start)
-    evaluation = f"--eval_only --out_dir={checkpoint.parent} --dataset=math"
-    assert "seq_len" in refused(capsys, train, flags, evaluation)
-
-
-def test_data_of_another_tokenizer_are_refused(data_dir, checkpoint, tmp_path, capsys):
-    prepare_chain(tmp_path, states=11, length=5000)
-    other = f"--data_dir={tmp_path} --device=cpu --out_dir={checkpoint.parent}"
-    assert "another tokenizer" in refused(capsys, train, other, "--eval_only")
-    assert "another tokenizer" in refused(capsys, train, other, "--resume")
-    remade = tmp_path / "ckpt.pt"
-    content = torch.load(checkpoint)
-    content["args"]["data_dir"] = str(tmp_path)
-    save_checkpoint(remade, **content)
-    assert "another tokenizer" in refused(capsys, sample, f"--ckpt={remade} --table")
-
-
-def test_problems_are_made_as_long_as_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "prepare", partial(prepare, problems=200))
-    _, _, meta = train.load_data(SimpleNamespace(data_dir=str(tmp_path), dataset="math"), 160)
-    assert meta["row_length"] == 160
-
-
-def test_damaged_data_are_refused(data_dir, tmp_path, capsys):
-    shutil.copytree(data_dir / "text", tmp_path / "text")
-    flags = train_flags(tmp_path, tmp_path / "out")
-    os.truncate(tmp_path / "text" / "val.bin", 100)
-    assert "damaged" in refused(capsys, train, flags)
-    for junk in ("{}", "junk"):
-        (tmp_path / "text" / "meta.json").write_text(junk)
-        assert "damaged" in refused(capsys, train, flags)
-
-
-def test_no_write_permission_is_one_line(data_dir, tmp_path, capsys):
-    file = tmp_path / "file"
-    file.write_text("")
-    assert "file" in refused(capsys, train, train_flags(data_dir, file))
-
-
-SAMPLE_FLAGS = [
-    "",
-    "--sampler=ar",
-    "--sampler=arpc --criterion=tvd",
-    "--sampler=confidence",
-    "--sampler=speculative",
-    "--block_size=1000",  # as much as there is
-]
-
-
-def printed_samples(capsys):
-    """The texts that sample.py has printed, and the lines of statistics between them."""
-    *texts, last = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")
-    return texts, last
-
-
-@pytest.mark.parametrize("flags", SAMPLE_FLAGS)
-def test_samples_and_their_statistics(checkpoint, capsys, flags):
-    more = f"--ckpt={checkpoint} --num_samples=3 --batch_size=2"
-    assert call(sample, more, flags) == 0
-    texts, last = printed_samples(capsys)
-    assert len(texts) == 3
-    first_batch, third = texts[2].split("\n", 1)
-    for text in (*texts[:2], third):
-        assert len(text.replace(END, ".")) <= 24  # end tokens at its end are left out
-    for statistics in (first_batch, last):
-        assert statistics.startswith("nfe ") and "seconds" in statistics
-
-
-def test_prompts_and_templates(checkpoint, capsys):
-    flags = f"--ckpt={checkpoint} --num_samples=2"
-    assert call(sample, flags, "--template=A__B____") == 0
-    for text in printed_samples(capsys)[0]:
-        assert text[0] + text[3] == "AB"
-        assert len(text) == 8
-    assert call(sample, flags, "--prompt=AB --block_size=5 --sampler=arpc --watch") == 0
-    out = capsys.readouterr().out
-    assert "\033" not in out  # colors are for a terminal
-    assert out.count("\nAB") == 2
-
-
-def test_a_problem_and_its_answer(data_dir, solver, capsys, monkeypatch):
-    """The question, every pass, the program, its value, the verdict: also of the right answer,
-    which this model does not find."""
-    _, val, meta = prepare_data.open_data(data_dir / "math")
-    problem = torch.from_numpy(val.reshape(-1, 128)[17].astype(np.int64))
-    _, decode = prepare_data.load_tokenizer(meta["tokenizer"])
-    question, program = decode(problem.tolist()).split(prepare_data.END)[:2]
-    flags = f"--ckpt={solver} --problem=17 --watch --steps=2"
-    assert call(sample, flags) == 0
-    out = capsys.readouterr().out
-    assert question in out
-    assert "= None, wrong" in out
-    passes = [line for line in out.splitlines() if " | " in line]
-    assert len(passes) > 4
-    original = sample.generate
-
-    def knows(*args, **options):
-        return problem[None], original(*args, **options)[1]
-
-    monkeypatch.setattr(sample, "generate", knows)
-    assert call(sample, flags) == 0
-    out = capsys.readouterr().out
-    assert f"{question}\n{program}" in out
-    assert f"= {prepare_data.solve(program)}, right" in out
-
-
-@pytest.mark.parametrize("right", [False, True])
-def test_accuracy_of_every_sampler(data_dir, solver, capsys, monkeypatch, right):
-    """The table, with samples replaced by the reference answers, or by those of other problems."""
-    _, val, _ = prepare_data.open_data(data_dir / "math")
-    rows = torch.from_numpy(val.reshape(-1, 128)[:4].astype(np.int64))
-    stats = dict(nfe=7, tokens=100, seconds=1.0)
-
-    def generate(model, n, length, *, first_row, given, **options):
-        answers = rows if right else rows.roll(1, 0)
-        answers = answers[first_row : first_row + n]
-        return torch.where(given >= 0, given, answers), stats
-
-    monkeypatch.setattr(sample, "generate", generate)
-    flags = f"--ckpt={solver} --table --num_samples=4 --batch_size=3"
-    assert call(sample, flags) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = tuple(SAMPLERS)
-    rows = [line.split() for line in lines if line.startswith(names) and "passes" not in line]
-    assert len(rows) == len(sample.GRID)
-    for row in rows:
-        assert float(row[-3]) == right  # then its error, entropy
-
-
-@pytest.mark.parametrize("flags", ["", "--plot"])
-def test_a_table_of_every_sampler(checkpoint, tmp_path, capsys, flags):
-    if flags:
-        pytest.importorskip("matplotlib")
-        flags = f"--plot={tmp_path}/x.png --ckpt={checkpoint},{checkpoint}"  # two panels
-    assert call(sample, f"--ckpt={checkpoint} --table --num_samples=2 --length=8", flags) == 0
-    assert "arpc kld 8" in capsys.readouterr().out
-    assert flags == "" or (tmp_path / "x.png").stat().st_size > 1000
-
-
-def test_defaults():
-    args, config = train.read_flags(["--device=cpu"])
-    assert config == Config()
-    assert args == train.Settings(device="cpu")
-
-
-def test_preset_of_the_paper():
-    """The authors' recipe. Given flags beat it."""
-    flags = ["--device=cpu", "--preset=paper"]
-    args, config = train.read_flags(flags)
-    assert (config.n_layer, config.n_embd, config.seq_len) == (12, 768, 1024)
-    assert (config.noise, config.ar, config.tied) == ("masked", "paper", False)
-    assert (args.loss, args.beta2, args.optimizer) == ("ce", 0.999, "adamw")
-    uniform = ["--noise=uniform", "--loss=nelbo", "--beta2=0.9"]
-    args, config = train.read_flags([*flags, *uniform])
-    assert (args.loss, args.beta2, config.noise) == ("nelbo", 0.9, "uniform")
-
-
-def test_resume_takes_the_flags_of_the_checkpoint(data_dir, checkpoint):
-    flags = [f"--out_dir={checkpoint.parent}", "--resume", "--device=cpu", "--max_iters=9"]
-    args, config = train.read_flags(flags)
-    assert (args.max_iters, args.batch_size, args.dataset) == (9, 8, "text")
-    assert list(args.block_sizes) == [1, 5]
-    assert (args.data_dir, config.n_embd) == (str(data_dir), 16)
-
-
-SPIN = """
+SCRIPT = """
 import os, sys
 class Finder:
     def find_spec(self, name, *more):
         if name == "torch":
             print(os.environ["GOMP_SPINCOUNT"], flush=True)
-            os._exit(0)
+            sys.meta_path.remove(self)
 sys.meta_path.insert(0, Finder())
-import """
+import prepare_data
+def main():
+    print("1 ± 2")
+    raise KeyboardInterrupt
+prepare_data.run_script(main)
+"""
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "blockgen"])
 @pytest.mark.parametrize("chosen", [None, "7"])
-def test_threads_do_not_spin_for_ever(module, chosen):
-    """OpenMP reads it when torch is loaded, so it is set before; what the user has set stays."""
+def test_a_script_in_a_terminal_that_knows_ascii(chosen):
+    """It prints what it can. OpenMP's threads do not spin for ever, if the user says nothing else:
+    that is set before torch is loaded."""
     env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    if chosen:
-        env["GOMP_SPINCOUNT"] = chosen
-    command = [sys.executable, "-c", SPIN + module]
+    env |= {"GOMP_SPINCOUNT": chosen} if chosen else {}
+    env["PYTHONIOENCODING"] = "ascii"
+    command = [sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
-    assert run.stdout.strip() == (chosen or "5000"), run.stderr
-
-
-# ----------------------------------------------------------------------------------------------
-# Likelihood
-
-
-def test_draws_are_averaged_and_differ(data_dir, learned):
-    model, _ = load_checkpoint(learned["masked"] / "ckpt.pt")
-    _, data, meta = load_rows(data_dir, "text", 32)
-    sums = [torch.zeros(4)]
-    for draws in (1, 2, 3):
-        nats, _ = train.evaluate(model, data, meta, 4, 4, draws)
-        sums.append(draws * nats)
-    each = [after - before for before, after in zip(sums, sums[1:])]
-    for one, other in itertools.combinations(each, 2):
-        assert (one > 0).all()
-        assert not close(one, other, 0.01)
-
-
-def levels(kind, trial, rows):
-    """Noise levels t (8, 32): stratified, constant in a block of four or in a row; or independent
-    from row to row."""
-    if kind == "independent":
-        u = random_numbers((trial, 0), rows, 1)
-        return 1e-3 + (1 - 1e-3) * u.expand(8, 32)
-    size = torch.full((8,), 4 if kind == "a block" else 32)
-    t, _ = draw_noise([trial], rows, rows / 8, size, 32, t_min=1e-3)
-    return t
-
-
-@pytest.mark.parametrize("noise", NOISES)
-def test_noise_levels_of_blocks_and_of_rows(data_dir, learned, noise):
-    """They estimate the same NELBO. TRIALS=5000 and -s print how their variances compare, and those
-    of their gradients."""
-    trials = int(os.environ.get("TRIALS", 60))
-    model, _ = load_checkpoint(learned[noise] / "ckpt.pt")
-    data, _, meta = load_rows(data_dir, "text", 32)
-    rows = torch.arange(8)
-    x0, given = train.read_rows(data, rows * 3200, meta)
-    found = {}
-    for kind in ("a block", "a row", "independent"):
-        losses, gradients = [], []
-        for trial in range(trials):
-            t = levels(kind, trial, rows)
-            u = random_numbers((trial, 2), rows, 32)
-            loss = model.token_losses(x0, torch.full((8,), 4), t, u, given).mean()
-            gradient = torch.autograd.grad(loss, list(model.parameters()))
-            gradients.append(torch.cat([g.flatten() for g in gradient]))
-            losses.append(loss.detach())
-        variance = torch.stack(gradients).var(0).sum()
-        found[kind] = torch.stack(losses), variance
-    first, variance = found["a block"]
-    for kind, (losses, of_gradients) in found.items():
-        ratio, of_gradients = losses.var() / first.var(), of_gradients / variance
-        print(f"\n{noise}, {kind}: variance {ratio:.2f}, of the gradient {of_gradients:.2f}")
-        error = ((first.var() + losses.var()) / trials) ** 0.5
-        assert abs(first.mean() - losses.mean()) < 5 * error
-
-
-def printed_likelihood(capsys):
-    """{block size or name: [nats, error, bits, perplexity]}"""
-    rows = {}
-    for line in capsys.readouterr().out.splitlines()[1:]:
-        name, _, figures = line.strip().rpartition(": ")
-        rows[name] = list(map(float, re.findall(r"[\d.]+", figures)))
-    return rows
-
-
-def test_likelihood_tables(learned, capsys):
-    """A checkpoint knows where its data are. Twice the same."""
-    for folder in learned.values():
-        flags = f"--eval_only --out_dir={folder} --eval_draws=2 --eval_seqs=16"
-        sizes = "--eval_block_sizes=1,2,99"
-        assert call(train, flags, sizes) == 0
-        rows = printed_likelihood(capsys)
-        nats = {name: figures[0] for name, figures in rows.items()}
-        bounds = {"mixture: Jensen", "mixture: log-sum-exp"}
-        assert set(nats) == {"1", "2", "4", "32"} | bounds
-        assert nats["mixture: Jensen"] == pytest.approx((nats["1"] + nats["4"]) / 2, abs=2e-4)
-        assert rows["1"][3] == pytest.approx(math.exp(nats["1"]), rel=1e-2)
-        assert call(train, flags, sizes) == 0
-        assert printed_likelihood(capsys) == rows
-    assert "nowhere" in refused(capsys, train, flags, "--data_dir=nowhere")
-
-
-def test_eval_only_takes_another_mixture(learned, capsys):
-    """Than the one of the checkpoint; alike weights, where none are given."""
-    flags = f"--eval_only --out_dir={learned['masked']} --eval_draws=1 --eval_seqs=2"
-    flags += " --eval_block_sizes=2 --block_sizes=1,2,8"
-    for more, weights in (("", [1 / 3] * 3), ("--block_weights=7,2,1", [0.7, 0.2, 0.1])):
-        assert call(train, flags, more) == 0
-        rows = printed_likelihood(capsys)
-        nats = [rows[name][0] for name in ("1", "2", "8")]
-        assert rows["mixture: Jensen"][0] == pytest.approx(np.dot(weights, nats), abs=2e-4)
-    assert call(train, flags, "--block_sizes=1,32") == 0
-    whole = printed_likelihood(capsys)
-    assert call(train, flags, "--block_sizes=1,64") == 0  # no block is longer than the sequence
-    assert printed_likelihood(capsys)["mixture: Jensen"] == whole["mixture: Jensen"]
-
-
-@pytest.mark.parametrize("name, L", [("text", 24), ("math", 128)])
-def test_mixture_bounds_count_the_tokens_that_are_scored(
-    data_dir, checkpoint, solver, capsys, monkeypatch, name, L
-):
-    """Where one of two block sizes is far better, -log p(x) is its NELBO and log 2, once for a
-    sequence, which of a problem is the answer."""
-    path = solver if name == "math" else checkpoint
-    _, data, meta = load_rows(data_dir, name, L)
-    chosen = torch.linspace(0, len(data) - 1, 6).long()
-    _, given = train.read_rows(data, chosen, meta)
-    scored = (~given).sum(1)
-
-    def evaluate(model, data, meta, block_size, n_seqs, draws):
-        nats = 1.0 if block_size == 1 else 3.0
-        return torch.full((n_seqs,), nats, dtype=torch.float64), scored
-
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    capsys.readouterr()
-    assert call(train, f"--eval_only --eval_seqs=6 --device=cpu --out_dir={path.parent}") == 0
-    rows = printed_likelihood(capsys)
-    expected = 1 + (math.log(2) / scored).mean()
-    assert rows["mixture: log-sum-exp"][0] == pytest.approx(expected.item(), abs=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------
-# Published checkpoints
-
-PUBLISHED = dict(
-    name="blockgen",
-    type="ddit",
-    hidden_size=24,
-    cond_dim=10,
-    length=21,
-    n_blocks=2,
-    n_heads=2,
-    dropout=0.1,
-    attn_backend="flash_attn",
-    x0_causal=True,
-)
-
-
-def published_tensors(noise, K=50258):
-    """Random weights in the published layout, none of them trivial but what the mask's row of the
-    head is, which never got a gradient."""
-    torch.manual_seed(0)
-    d, c = PUBLISHED["hidden_size"], PUBLISHED["cond_dim"]
-    shapes = {
-        "vocab_embed.embedding": (K, d),
-        "sigma_map.mlp.0.weight": (c, 256),
-        "sigma_map.mlp.0.bias": (c,),
-        "sigma_map.mlp.2.weight": (c, c),
-        "sigma_map.mlp.2.bias": (c,),
-        "output_layer.norm_final.weight": (d,),
-        "output_layer.linear.weight": (K, d),
-        "output_layer.linear.bias": (K,),
-        "output_layer.adaLN_modulation.weight": (2 * d, c),
-        "output_layer.adaLN_modulation.bias": (2 * d,),
-    }
-    block = {
-        "norm1.weight": (d,),
-        "attn_qkv.weight": (3 * d, d),
-        "attn_out.weight": (d, d),
-        "norm2.weight": (d,),
-        "mlp.0.weight": (4 * d, d),
-        "mlp.0.bias": (4 * d,),
-        "mlp.2.weight": (d, 4 * d),
-        "mlp.2.bias": (d,),
-        "adaLN_modulation.weight": (6 * d, c),
-        "adaLN_modulation.bias": (6 * d,),
-    }
-    for i in range(PUBLISHED["n_blocks"]):
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    tensors = {name: 0.2 * torch.randn(shape) for name, shape in shapes.items()}
-    for name, x in tensors.items():
-        if "norm" in name:
-            x += 1
-    if noise == "masked":
-        tensors["output_layer.linear.weight"][-1] = 0
-        tensors["output_layer.linear.bias"][-1] = 0
-    tensors["rotary_emb.inv_freq"] = 10000.0 ** -(torch.arange(0, 12, 2) / 12)
-    return tensors
-
-
-def write_published(folder, tensors, **config):
-    """The folder, as a str."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    os.makedirs(folder, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(PUBLISHED | config))
-    safetensors.save_file(tensors, folder / "model.safetensors")
-    return str(folder)
-
-
-def published_mask(L, S, token_causal):
-    """Who sees whom, pair by pair: (2 L, 2 L)."""
-    mask = torch.zeros(2 * L, 2 * L, dtype=torch.bool)
-    for i, j in itertools.product(range(L), range(L)):
-        mask[i, j] = j <= i if token_causal else j // S <= i // S
-        mask[L + i, j] = j // S < i // S
-        mask[L + i, L + j] = i // S == j // S
-    return mask
-
-
-def published_forward(w, x0, xt, S, token_causal):
-    """Logits (N, L, K) of the noisy half, by the network as its layout describes it, unfolded:
-    adaLN at every layer. It has nothing in common with blockgen.py."""
-    heads, L = PUBLISHED["n_heads"], x0.shape[1]
-    mask = published_mask(L, S, token_causal)
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
-
-    def silu(x):
-        return x / (1 + torch.exp(-x))
-
-    def gelu(x):
-        return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-    def norm(x, name, shift, scale):
-        variance = x.var(-1, unbiased=False, keepdim=True)
-        x = (x - x.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
-        return x * w[f"{name}.weight"] * (1 + scale) + shift
-
-    def rotate(x):
-        angle = torch.arange(L).repeat(2)[:, None] * w["rotary_emb.inv_freq"]
-        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-        a, b = x.chunk(2, -1)
-        return x * cos + torch.cat([-b, a], -1) * sin
-
-    def attention(x, name):
-        qkv = linear(x, f"{name}.attn_qkv").chunk(3, -1)
-        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in qkv)
-        scores = rotate(q) @ rotate(k).transpose(-1, -2) / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-        return linear((weights @ v).transpose(1, 2).flatten(2), f"{name}.attn_out")
-
-    time = torch.tensor([1.0] * 128 + [0.0] * 128)
-    condition = silu(linear(time, "sigma_map.mlp.0"))
-    condition = silu(linear(condition, "sigma_map.mlp.2"))
-    x = w["vocab_embed.embedding"][torch.cat([x0, xt], 1)]
-    for i in range(PUBLISHED["n_blocks"]):
-        name = f"blocks.{i}"
-        modulation = linear(condition, f"{name}.adaLN_modulation")
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
-        h = norm(x, f"{name}.norm1", shift1, scale1)
-        x = x + gate1 * attention(h, name)
-        h = norm(x, f"{name}.norm2", shift2, scale2)
-        x = x + gate2 * linear(gelu(linear(h, f"{name}.mlp.0")), f"{name}.mlp.2")
-    shift, scale = linear(condition, "output_layer.adaLN_modulation").chunk(2)
-    x = norm(x, "output_layer.norm_final", shift, scale)
-    return linear(x[:, L:], "output_layer.linear")
-
-
-@pytest.mark.parametrize("token_causal", [True, False])
-@pytest.mark.parametrize("noise", NOISES)
-@torch.no_grad()
-def test_published_weights_give_the_logits_of_their_layout(noise, token_causal, tmp_path):
-    """Training pass, cached passes, verification; the noise is read off the head."""
-    w = published_tensors(noise)
-    source = write_published(tmp_path, w, x0_causal=token_causal)
-    path = tmp_path / "ckpt.pt"
-    assert call(blockgen, source, str(path)) == 0
-    model, content = load_checkpoint(path)
-    V = 50257 if noise == "masked" else 50258
-    assert (model.config.noise, model.config.vocab_size) == (noise, V)
-    tokenizer = content["meta"]["tokenizer"]
-    assert (tokenizer["kind"], tokenizer["start"], tokenizer["end"]) == ("gpt2", 50256, 50256)
-    x0 = torch.randint(V, (2, 21))
-    xt = model.noise.corrupt(x0, 0.5)
-
-    def expected(S):
-        return published_forward(w, x0, xt, S, token_causal)[..., :V]
-
-    for S in (1, 4, 21):
-        logits = expected(S)
-        assert close(model(x0, xt, S), logits, 1e-5)
-        cache, clean = model.new_cache(2), None
-        for begin in range(0, 21, S):
-            block = slice(begin, begin + S)
-            assert close(model.denoise(xt[:, block], cache, clean), logits[:, block], 1e-5)
-            clean = x0[:, block]
-    assert close(model.verify(x0, model.new_cache(2), xt), expected(1), 1e-5)
-
-
-REFUSED_TENSORS = {
-    "blocks.1.mlp.0.bias": None,  # missing
-    "blocks.0.norm1.weight": torch.ones(5),
-    "rotary_emb.inv_freq": torch.ones(6),
-    "sigma_map.mlp.0.weight": torch.ones(10, 128),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED_TENSORS)
-def test_published_tensors_that_do_not_fit_are_refused(tmp_path, capsys, name):
-    tensors = published_tensors("masked") | {name: REFUSED_TENSORS[name]}
-    tensors = {name: x for name, x in tensors.items() if x is not None}
-    target = tmp_path / "ckpt.pt"
-    source = write_published(tmp_path, tensors)
-    assert source in refused(capsys, blockgen, source, str(target))
-    assert not target.exists()
-
-
-def test_damaged_published_weights_are_refused(tmp_path, capsys, monkeypatch):
-    target = tmp_path / "ckpt.pt"
-    folder = tmp_path / "folder"
-
-    def refusal(source):
-        line = refused(capsys, blockgen, str(source), str(target))
-        assert not target.exists()
-        return line
-
-    assert "nowhere" in refusal("nowhere")
-    write_published(folder, published_tensors("masked"))
-    for config in (dict(n_blocks=3), dict(hidden_size=48), dict(n_heads=5)):
-        write_published(folder, published_tensors("masked"), **config)
-        assert "folder" in refusal(folder)
-    os.truncate(folder / "model.safetensors", 1000)
-    assert "folder" in refusal(folder)
-    (folder / "config.json").write_text("{}")
-    assert "folder" in refusal(folder)
-    os.remove(folder / "config.json")
-    assert "config.json" in refusal(folder)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert "pip install" in refusal(folder)
-    assert "OUT.pt" in refused(capsys, blockgen, str(folder))
-
-
-def test_training_starts_from_published_weights(data_dir, tmp_path, capsys):
-    """With data of fewer tokens, too. They cannot be resumed, and have no dataset."""
-    source = write_published(tmp_path, published_tensors("masked", K=15))
-    path = tmp_path / "ckpt.pt"
-    assert call(blockgen, source, str(path)) == 0
-    data = f"--dataset=text --data_dir={data_dir} --device=cpu"
-    start = f"--init_from={path} --out_dir={tmp_path}/out"
-    assert "another tokenizer" in refused(capsys, train, data, start)
-    content = torch.load(path)  # let us say that it has the tokenizer of the data
-    content["meta"] = open_data(data_dir / "text")[2]
-    save_checkpoint(path, **content)
-    assert "init_from" in refused(capsys, train, data, f"--resume --out_dir={tmp_path}")
-    flags = "--n_layer=2 --n_embd=24 --seq_len=21 --ar=paper --tied=false --max_iters=1"
-    content = run_training(data_dir, tmp_path / "out", flags, f"--init_from={path}")
-    assert content["config"].vocab_size == 14
-    assert content["meta"]["vocab_size"] == 13
-    assert call(train, f"--resume --out_dir={tmp_path}/out --device=cpu --max_iters=2") == 0
-
-
-@pytest.mark.parametrize("prompt", ["", "AB"])
-def test_a_sample_begins_with_the_start_token(tmp_path, capsys, prompt):
-    """It is the end token too, as in published weights; a sample does not stop there."""
-    model = tiny()
-    model.head.bias.data[10] = -1000  # it never ends otherwise
-    tokens = [char.encode().hex() for char in "ABCDEFGHIJ."]
-    tokenizer = dict(kind="char", tokens=tokens, vocab_size=11, start=10, end=10)
-    meta = dict(tokenizer=tokenizer, vocab_size=11)
-    config = asdict(model.config)
-    path = tmp_path / "ckpt.pt"
-    save_checkpoint(path, model=model.state_dict(), config=config, meta=meta, args={}, step=0)
-    flags = f"--prompt={prompt}" if prompt else ""
-    assert call(sample, f"--ckpt={path}", flags) == 0
-    [text], _ = printed_samples(capsys)
-    assert text.startswith("." + prompt)
-    assert len(text) == 21
-
-
-# ----------------------------------------------------------------------------------------------
-# A GPU that is not there
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """torch believes in two GPUs; they can do nothing. What it is told: .current, .capability."""
-    told = SimpleNamespace(current=None, capability=(9, 0))
-    zeros = torch.zeros
-
-    def make_zeros(*shape, device="cpu", **more):
-        device = torch.device(device)
-        if device.type == "cpu":
-            return zeros(*shape, **more)
-        index = device.index or 0  # as torch has it
-        if index > 1:
-            raise RuntimeError("CUDA error: invalid device ordinal")
-        return SimpleNamespace(device=torch.device("cuda", index))
-
-    def set_device(device):
-        if device.index is None:
-            raise ValueError("Expected a torch.device with a specified index or an integer")
-        told.current = str(device)
-
-    fakes = dict(
-        is_available=lambda: True,
-        device_count=lambda: 2,
-        set_device=set_device,
-        get_device_capability=lambda device=None: told.capability,
-        is_bf16_supported=lambda *_, **__: True,  # this counts emulation: it says so of a T4 too
-    )
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch, "zeros", make_zeros)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    return told
-
-
-DEVICES = [
-    ("auto", "cuda:0"),
-    ("cuda", "cuda:0"),
-    ("cuda:0", "cuda:0"),
-    ("cuda:1", "cuda:1"),
-    ("cpu", "cpu"),
-]
-
-
-@pytest.mark.parametrize("name, expected", DEVICES)
-def test_a_gpu_has_an_index(gpu, name, expected):
-    assert str(blockgen.find_device(name)) == expected
-    assert gpu.current == (expected if "cuda" in expected else None)
-
-
-def test_there_is_no_third_gpu(gpu):
-    with pytest.raises(ValueError, match="cuda:2"):
-        blockgen.find_device("cuda:2")
-
-
-DTYPES = [
-    ("--device=cuda", (9, 0), True),
-    ("--device=auto", (8, 0), True),
-    ("--device=cuda", (7, 5), False),
-    ("--device=cuda --dtype=float32", (9, 0), False),
-    ("--device=cpu", (9, 0), False),
-]
-
-
-@pytest.mark.parametrize("flags, capability, bfloat16", DTYPES)
-def test_bfloat16_is_for_gpus_that_have_it(gpu, flags, capability, bfloat16):
-    gpu.capability = capability
-    args, _ = train.read_flags(flags.split())
-    assert train.find_autocast(args, blockgen.find_device(args.device))._enabled == bfloat16
-
-
-FITTING = [("", "gpu"), ("--device=cpu", ""), ("--preset=cpu", "")]
-
-
-@pytest.mark.parametrize("flags, preset", FITTING)
-def test_presets_fit_the_device(gpu, flags, preset):
-    args, config = train.read_flags(flags.split())
-    values = vars(args) | vars(config)
-    expected = vars(train.Settings()) | vars(Config()) | train.PRESETS.get(preset, {})
-    for name in train.PRESETS["gpu"]:
-        assert values[name] == expected[name]
-
-
-def gradients(model):
-    """Losses (N, L) of a batch of several block sizes, and the gradients of all parameters."""
-    torch.manual_seed(0)
-    x0 = torch.randint(11, (4, 21))
-    t, u = torch.rand(2, 4, 21)
-    given = torch.zeros(4, 21, dtype=torch.bool)
-    sizes = torch.tensor([1, 4, 6, 21])
-    losses = model.token_losses(x0, sizes, t, u, given, ar_weight=0.3)
-    return losses, torch.autograd.grad(losses.mean(), list(model.parameters()))
-
-
-@BOTH
-@pytest.mark.parametrize("noise", NOISES)
-def test_training_with_the_kernels(monkeypatch, noise, ar):
-    """In the interpreter, against the CPU's attention."""
-    model = tiny(noise, ar=ar, n_embd=32)
-    losses, grads = gradients(model)
-    monkeypatch.setattr(blockgen, "block_attention", kernels.attention_triton)
-    on_gpu, grads_on_gpu = gradients(model)
-    assert close(on_gpu, losses, 1e-4)
-    for a, b in zip(grads_on_gpu, grads):
-        assert close(a, b, 1e-4)
-
-
-SAMPLING = [
-    dict(sampler="ar"),
-    dict(sampler="ancestral"),
-    dict(sampler="arpc", criterion="kld"),
-    dict(sampler="confidence"),
-    dict(sampler="speculative"),
-]
-
-
-@BOTH
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("options", SAMPLING, ids=str)
-def test_sampling_with_the_kernels(monkeypatch, options, noise, ar):
-    """Each pass of each sampler, cached, as it would be on a GPU: in the interpreter, against the
-    CPU's attention. Going on from the kernels' result, no tie can hide or feign a difference."""
-    calls = []
-
-    def both(q, k, v, view):
-        result = kernels.attention_triton(q, k, v, view)
-        calls.append(close(result, kernels.attention_torch(q, k, v, view), 1e-5))
-        return result
-
-    monkeypatch.setattr(blockgen, "block_attention", both)
-    given = torch.full((2, 7), -1)
-    given[0, :2] = 1
-    model = tiny(noise, ar=ar, n_layer=1)
-    sample.generate(model, 2, 7, given=given, block_size=4, steps=2, **options)
-    assert len(calls) > 2  # blocks
-    assert all(calls)
-
-
-# ----------------------------------------------------------------------------------------------
-# torch.compile
-
-
-def test_compiled_blocks_share_two_graphs_and_change_no_gradient():
-    """Of all layers, at all block sizes: attention is a clean break between two graphs."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    plain = tiny(n_layer=3)
-    compiled = copy.deepcopy(plain)
-    for block in compiled.blocks:
-        block.compile(backend="aot_eager")
-    x0 = torch.randint(0, 11, (2, 21))
-    for sizes in ([1, 4], [16, 21], [2, 8]):
-        sizes = torch.tensor(sizes)
-        t, u = draw_noise((0,), torch.arange(2), torch.arange(2) / 2, sizes, 21, 1e-3)
-        gradients = []
-        for model in (plain, compiled):
-            model.zero_grad()
-            losses = model.token_losses(x0, sizes, t, u, x0 < 0, ar_weight=0.5)
-            losses.sum().backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        assert close(*gradients, 1e-5)
-    assert counters["stats"]["unique_graphs"] == 2
+    assert (run.returncode, run.stdout) == (130, f"{chosen or 5000}\n1 ? 2\n"), run.stderr
