@@ -695,13 +695,16 @@ class Published(dict):
     """What stands in a published file."""
 
     def __missing__(self, key):
-        raise UserError(f"this is not the published layout: it lacks {key}")
+        raise UserError(f"this is not the published layout: {key} is missing")
 
 
 def describe_tokenizer(text, path="tokenizer.json"):
     """What meta.json holds of a Hugging Face tokenizer with this text; the ids of the tokens that
     end and start a text in it. Raises UserError."""
-    content = json.loads(text)
+    try:
+        content = Published(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     ends = [special[name] for name in END_TOKENS if name in special]
     starts = [special[name] for name in START_TOKENS if name in special]

@@ -13,12 +13,9 @@
     python sample.py --ckpt=FOLDER --dataset=gsm8k --table           # published weights
 
 One loop over blocks, `generate`, serves all samplers: each is a function that fills one block. What
-is drawn depends on seed, row, block and step alone, so a row is the same in any batch. The
-exception is speculative decoding, where rows wait for the slowest one: its law is the same.
-
-The samplers as a paper would write them, for one row, slowly, without a cache, are in
-test_blockgen.py: `Direct`, with `steps_by_hand` (ancestral sampling, ARPC), `confidence_by_hand`
-and `draft_by_hand` (speculative decoding). Read those first.
+is drawn depends on seed, row, block and step alone, so a row is the same in any batch. (But in
+speculative decoding rows wait for the slowest one: there only its law is the same.) The samplers as
+a paper would write them, for one row, with no cache, are in test_blockgen.py: read `Direct` first.
 """
 import math
 import os
@@ -28,7 +25,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from statistics import mean
-from typing import Callable, Literal, NamedTuple
+from typing import Literal
 
 # prepare_data comes first: it sets an option that torch reads when it is loaded
 from prepare_data import (
@@ -77,8 +74,7 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
     after every step, with the block (N, n) before and after it, and what goes back to noise.
     stats: nfe (network passes), tokens (written), seconds. Raises UserError.
 
-    The words of the code below, for a row of 8 tokens with blocks of 4 and stop = 9, whose first
-    block is written:
+    The words of the code, for a row of 8 tokens, blocks of 4, stop = 9; the first is written:
 
         position    0  1  2  3    4  5  6  7
         tokens      5  9  3  4    .  .  2  .
@@ -87,18 +83,14 @@ def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, 
         free                      x  x  -  x     not decided, in the block at hand, 4 to 7
         ends        -  -  -  -    -  -  -  -     a written 9 with nothing given behind it
 
-    The 9 at position 1 was given, so it ends nothing; nor would one written at position 4 or 5,
-    for a token is given behind it. One written at 7 would end the row.
-
-    A text may be longer than the model's context. When that is full, generation goes on from its
-    last half: see Run.next_block."""
+    The 9 at position 1 was given, so it ends nothing; nor would one written at 4 or 5, before a
+    given token. One written at 7 would end the row."""
     o = Options(**options)
     began = time.time()
     given = torch.full((n, length), -1) if given is None else given
     run = Run(model, o, given.to(model.device), stop, first_row, watch)
     while not run.decided.all():
-        # Fill the next block. If nothing in it is free, a later pass commits it as it is. A block
-        # of a single token is the AR side's, in one step, whatever the sampler.
+        # Fill the next block, if something in it is free. A single token is the AR side's.
         run.next_block()
         n_free = run.free().sum()
         if n_free > 0:
@@ -135,25 +127,25 @@ class Run:
         self.stop = stop
         self.rows = torch.arange(first_row, first_row + n)  # (N,)
         self.watch = watch or (lambda *_: None)
-        self.begin = self.end = self.nfe = 0
+        self.begin = self.nfe = 0
         self.window = 0  # where the context begins, and the cache with it
         self.cache = model.new_cache(n, min(length, model.config.seq_len))
 
     def next_block(self):
         """Choose the end of the block that begins at `begin`: it stays within the length and within
         the context, the seq_len tokens from `window` on. When those are all decided, the context
-        moves on and keeps the last half. (To keep more gives tokens more context, and computes
-        keys and values anew more often.)"""
+        moves on and keeps the last half, so a text may be longer than the context."""
         seq_len = self.model.config.seq_len
         if self.begin == self.window + seq_len:
             self.window = self.begin - seq_len // 2
             self.cache = self.model.new_cache(len(self.rows))
         limit = min(self.window + seq_len, self.tokens.shape[1])
         self.end = min(self.begin + self.block_size, limit)
+        self.block = slice(self.begin, self.end)
 
     def free(self):
         """Where the block is not decided, (N, n)."""
-        return ~self.decided[:, self.begin : self.end]
+        return ~self.decided[:, self.block]
 
     def random(self, purpose, step=0):
         """A uniform number for each token of the block: float64 (N, n)."""
@@ -168,8 +160,7 @@ class Run:
 
     def noisy_block(self):
         """The tokens that are decided, noise between them: (N, n)."""
-        tokens = self.tokens[:, self.begin : self.end]
-        return torch.where(self.free(), self.prior(PRIOR), tokens)
+        return torch.where(self.free(), self.prior(PRIOR), self.tokens[:, self.block])
 
     def denoise(self, xt):
         """Logits (N, n, V) of the block xt (N, n). The same pass commits what stands before it."""
@@ -197,9 +188,8 @@ class Run:
 
     def write(self, x, where):
         """Write the tokens x (N, n) of the block, which are final at these places (N, n)."""
-        block = slice(self.begin, self.end)
-        self.tokens[:, block] = x
-        self.decided[:, block] |= where
+        self.tokens[:, self.block] = x
+        self.decided[:, self.block] |= where
 
     def ends(self):
         """(N, L) True at written end tokens after which nothing is given: those end a row."""
@@ -209,8 +199,7 @@ class Run:
 
 # ----------------------------------------------------------------------------------------------
 # Filling one block. Temperature and top_k shape what is drawn, by run.law; scores and confidence
-# are of the model's own distribution, so that they say something at temperature 0 too. (The
-# authors' samplers divide the logits by the temperature before they score.)
+# are of the model's own distribution. (The authors' have the temperature in them.)
 
 
 def fill_by_steps(run):
@@ -219,8 +208,7 @@ def fill_by_steps(run):
     Under ARPC (arXiv 2606.02241) all steps but the last are guided, or those that the options say:
     such a step goes all the way, to a proposal for the whole block, and sends the tokens that score
     worst back to noise, as many as are noise at the next level. That is, of n tokens in the block
-    max(1, round((1 - alpha) n)), where Python rounds halves to the even number. (The authors round
-    the same with an alpha that ends at 1e-3, so their halves are always rounded down.)"""
+    max(1, round((1 - alpha) n)); halves are rounded to the even number, by the authors down."""
     o, free = run.options, run.free()
     n = free.shape[1]
     steps = o.steps if n > 1 else 1
@@ -342,8 +330,7 @@ def ar_nll(proposal):
 
 def kld(proposal):
     """KL(AR || diffusion), nats (N, n). It would be infinite at revealed tokens, where the AR
-    side's -log p_AR(x) takes its place. (The authors add an epsilon, by which such tokens score
-    about 25 nats and are always the first to go back.)"""
+    side's -log p_AR(x) takes its place. (By the authors' epsilon they go back before others.)"""
     divergences = divergence(proposal.ar, proposal.diffusion)
     return torch.where(proposal.maybe_noise, divergences, ar_nll(proposal))
 
@@ -364,8 +351,7 @@ def entropy(logp):
     return -(logp.exp() * logp).sum(-1)
 
 
-# To add a criterion: a function from a proposal to scores (N, n), the worst highest. The first
-# three compare the two sides, the others ask one; random asks none.
+# To add a criterion: a function from a proposal to scores (N, n), the worst highest.
 CRITERIA = {
     "kld": kld,
     "reverse_kld": lambda p: divergence(p.diffusion, p.ar),
@@ -380,9 +366,9 @@ CRITERIA = {
 }
 
 
-def check_at_least(settings, **bounds):
-    """Raise UserError where a field of a dataclass is below its bound, or not a number."""
-    for name, bound in bounds.items():
+def check_at_least(settings, bound, *names):
+    """Raise UserError where one of these fields of a dataclass is below the bound, or no number."""
+    for name in names:
         value = getattr(settings, name)
         if not value >= bound:
             raise UserError(f"{name} is {value}, but must be at least {bound}")
@@ -405,84 +391,65 @@ class Options:
 
     def __post_init__(self):
         check_choices(self)
-        check_at_least(self, block_size=1, steps=1, warmup=0, guide_every=1)
-        check_at_least(self, threshold=0, temperature=0, top_k=0, seed=0)
+        check_at_least(self, 1, "block_size", "steps", "guide_every")
+        check_at_least(self, 0, "warmup", "threshold", "temperature", "top_k", "seed")
 
 
 # ----------------------------------------------------------------------------------------------
 # Generative perplexity: how likely a judge finds a text
 
 
-class Judge(NamedTuple):
-    """An autoregressive model that reads text."""
-
-    encode: Callable  # text -> tokens
-    decode: Callable  # tokens -> text
-    start: int  # the token that begins a text
-    end: int  # the token that ends a text
-    longest: int  # tokens that it reads at a time
-    device: torch.device
-    logits: Callable  # tokens (1, L) -> logits (1, L - 1, V) of all but the first
-
-
 def own_judge(model, content):
     """The AR side of a checkpoint of ours, by its exact likelihood. (Under ar="paper" with random
     tokens as noise it depends on those, and its average is a bound.)"""
 
-    def logits(tokens):
-        u = random_numbers((0, JUDGE, 0, 0), [0], tokens.shape[1]).to(tokens.device)
-        noise = model.noise.prior(u.shape, u.device, u)
-        return model.verify(tokens, model.new_cache(1), noise)[:, 1:]
+    def logits(x):
+        u = random_numbers((0, JUDGE, 0, 0), [0], x.shape[1]).to(x.device)
+        noise = model.noise.prior(x.shape, u=u)
+        return model.verify(x, model.new_cache(1), noise)[:, 1:]
 
     tokenizer = content["meta"]["tokenizer"]
     end = tokenizer["end"]
-    start = tokenizer.get("start", end)
-    longest = model.config.seq_len
-    return Judge(*load_tokenizer(tokenizer), start, end, longest, model.device, logits)
-
-
-def transformers_judge(name, device):
-    """A causal language model of the package transformers, by its name or folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-
-    def logits(tokens):
-        return model(tokens).logits[:, :-1]
-
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    longest = model.config.max_position_embeddings
-    return Judge(encode, decode, start, end, longest, device, logits)
+    ends = tokenizer.get("start", end), end
+    return partial(read, logits, model, model.config.seq_len, ends, *load_tokenizer(tokenizer))
 
 
 def load_judge(path, device):
     """A judge from the path of a checkpoint of ours, or else from a name or folder of a model for
-    transformers."""
+    the package transformers."""
     if os.path.isfile(path) or path.endswith(".pt"):
         return own_judge(*load_checkpoint(path, device))
-    return transformers_judge(path, device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    longest = model.config.max_position_embeddings
+    return partial(read, lambda x: model(x).logits[:, :-1], model, longest, ends, encode, decode)
 
 
 @torch.no_grad()
-def read_by(judge, text, began, ended):
-    """What a judge finds of a text: (nats, the tokens and the bytes that they are for).
+def read(logits, model, longest, ends, encode, decode, text, began, ended):
+    """What a judge finds of a text: (nats, the tokens and the bytes that they are for). A judge is
+    this function with all but the last three arguments: from tokens (1, L) to logits (1, L - 1, V)
+    of all but the first; the model behind that, and how many tokens it reads at a time; the tokens
+    that start and end a text; from text to tokens, and back.
 
-    As in the literature (the authors' metrics.py, record_generative_perplexity): the text is
-    tokenized again by the judge, cut to what that reads at a time, and its first token is free of
-    charge. The tokens count up to and including the first end token: began and ended say whether
-    the sample has a start token before the text and an end token after it; the judge then reads
-    its own ones there. (Theirs goes on after the first end token; our rows end there.)"""
-    tokens = [judge.start] * began + judge.encode(text) + [judge.end] * ended
-    tokens = tokens[: judge.longest]
-    if len(tokens) < 2:
+    As in the literature (the authors' metrics.py): the text is tokenized again by the judge, cut to
+    what that reads at a time, and its first token is free of charge. began and ended say whether
+    the sample has a start token before the text and an end token after it: the judge reads its own
+    ones there. (Theirs goes on after the first end token; our rows end there.)"""
+    start, end = ends
+    tokens = [start] * began + encode(text) + [end] * ended
+    x = torch.tensor([tokens[:longest]], device=model.device)
+    scored = x[:, 1:]
+    if scored.numel() == 0:
         return 0.0, 0, 0
-    x = torch.tensor([tokens], device=judge.device)
-    nats = cross_entropy(judge.logits(x), x[:, 1:]).sum().item()
-    read = judge.decode([token for token in tokens[1:] if token != judge.end])
-    return nats, len(tokens) - 1, len(read.encode())
+    nats = cross_entropy(logits(x), scored).sum()
+    scored_text = decode([token for token in scored[0].tolist() if token != end])
+    return nats, scored.numel(), len(scored_text.encode())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -501,7 +468,7 @@ def text_row(flags, tokenizer, encode):
 
 def choose_problems(flags, content):
     """The problems, (question, answer) texts, that the flags ask for; none if they ask for texts.
-    Raises UserError."""
+    A table is of problems if the dataset is. Raises UserError."""
     if flags.prompt or flags.template or not (flags.table or flags.problem >= 0):
         return []
     args = content["args"]
@@ -530,24 +497,22 @@ class Task:
         self.problems = choose_problems(flags, content)
         length = flags.length or content["config"].seq_len
         if self.problems:
-            rows = [encode_problem(tokenizer, encode, problem[0])[0] for problem in self.problems]
+            rows = [encode_problem(tokenizer, encode, question)[0] for question, _ in self.problems]
             self.begins = [len(row) for row in rows]  # where what counts begins
             n_long = sum(begin >= length for begin in self.begins)
-            if n_long == len(rows):
-                raise UserError(f"no question leaves room in {length} tokens: say --length=NUMBER")
             self.quality = "share solved"
             self.heading = f"{len(rows)} problems, {n_long} too long and counted as wrong"
         else:
             row = text_row(flags, tokenizer, encode)
             if flags.template and not flags.length:
                 length = len(row)
-            n = len(row)
-            if n > length:
-                raise UserError(f"the prompt has {n} tokens: say --length={n} or more")
             rows = [row] * flags.num_samples
             self.begins = ["start" in tokenizer] * len(rows)
             self.quality = "perplexity"
             self.heading = f"{len(rows)} samples, judge: {flags.judge or 'its own AR side'}"
+        shortest = len(min(rows, key=len))
+        if shortest > length:
+            raise UserError(f"{shortest} tokens are given: say --length={shortest} or more")
         padded = [(row + [-1] * length)[:length] for row in rows]
         self.given = torch.tensor(padded)  # (M, length)
 
@@ -560,13 +525,17 @@ class Task:
     def text(self, tokens):
         return self.decode([token for token in tokens if token != self.stop])
 
-    def grade(self, i, tokens, judge):
-        """Of what counts of row i: (1 or 0, 1, 0) by the answer, or the nats of a text, with the
-        tokens and the bytes that they are for."""
+    def grade(self, i, row, judge):
+        """Of row i: (1 or 0, 1, 0) by the answer, or the nats of a text, with the tokens and the
+        bytes that they are for; and at last the entropy of the tokens, nats: low after a collapse.
+        """
+        tokens = self.what_counts(i, row)
         text = self.text(tokens)
+        share = torch.tensor(tokens).unique(return_counts=True)[1] / len(tokens)
+        entropy = torch.special.entr(share).sum()
         if self.problems:
-            return is_right(text, self.problems[i][1]), 1, 0
-        return read_by(judge, text, self.begins[i], tokens[-1:] == [self.stop])
+            return is_right(text, self.problems[i][1]), 1, 0, entropy
+        return *judge(text, self.begins[i], tokens[-1:] == [self.stop]), entropy
 
     def show(self, i, row):
         if not self.problems:
@@ -597,19 +566,12 @@ GRID += [
 ]
 
 
-def token_entropy(tokens):
-    """The entropy of the tokens of one sample, nats: low after a collapse."""
-    counts = torch.tensor(tokens).unique(return_counts=True)[1]
-    return torch.special.entr(counts / len(tokens)).sum().item()
-
-
 def print_table(model, task, judge, size, options):
     """For every sampler of GRID: network passes per batch; the share of problems solved, or the
     perplexity of the texts, with its standard error; the entropy of the tokens of a sample, mean
     over samples; of texts bits per byte, too. Returns the curves of a plot, {name: [(passes,
     quality, error), ...]}."""
-    unit = "" if task.problems else "  bits/byte"
-    print(f"sampler                       passes {task.quality:>11} ± s.e.   nats{unit}")
+    print(f"sampler                       passes {task.quality:>11} ± s.e.   nats  bits/byte")
     curves = {}
     for special in GRID:
         # Sample and judge.
@@ -617,26 +579,23 @@ def print_table(model, task, judge, size, options):
         for rows, stats in in_batches(model, task.given, size, {**options, **special}):
             samples += rows
             passes.append(stats["nfe"])
-        samples = [task.what_counts(i, row) for i, row in enumerate(samples)]
-        grades = [task.grade(i, tokens, judge) for i, tokens in enumerate(samples)]
+        grades = [task.grade(i, row, judge) for i, row in enumerate(samples)]
+        values, weights, n_bytes, entropies = torch.tensor(grades, dtype=torch.float64).T
 
         # The mean, and its standard error as that of a ratio of sums, to first order.
-        values, weights, n_bytes = torch.tensor(grades, dtype=torch.float64).T
         quality = values.sum() / weights.sum()
         error = (values - quality * weights).norm() / weights.sum()
-        bits = ""
+        bits = "-"
         if not task.problems:
-            bits = values.sum() / n_bytes.sum() / math.log(2)
-            bits = f"{bits:11.3f}"
+            bits = f"{values.sum() / n_bytes.sum() / math.log(2):.3f}"
             quality = quality.exp()
             error = error * quality
 
-        name = " ".join(map(str, special.values()))
-        nats = mean(map(token_entropy, samples))
-        figures = f"{mean(passes):7.1f} {quality:11.3f} {error:6.3f} {nats:6.2f}"
-        print(f"{name:28} {figures}{bits}", flush=True)
-        label = name.rstrip("0123456789. ")  # without the number of steps, or the threshold
         point = mean(passes), quality.item(), error.item()
+        figures = "{:7.1f} {:11.3f} {:6.3f}".format(*point)
+        name = " ".join(map(str, special.values()))
+        print(f"{name:28} {figures} {entropies.mean():6.2f} {bits:>10}", flush=True)
+        label = name.rstrip("0123456789. ")  # without the number of steps, or the threshold
         curves.setdefault(label, []).append(point)
     return curves
 
@@ -653,7 +612,6 @@ def check_plot(path):
 def plot(panels, path):
     """A picture of panels (title, name of the quality, curves), side by side."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure((4 * len(panels), 4))  # small, so that the letters are large
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -662,7 +620,7 @@ def plot(panels, path):
             passes, y, error = zip(*points)
             axis.errorbar(passes, y, error, marker="o", label=label)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(ScalarFormatter())  # 16 instead of 2^4
+        axis.xaxis.set_major_formatter("{x:g}")  # 16 instead of 2^4
         axis.set(title=title, xlabel="network passes", ylabel=quality)
     axis.legend(bbox_to_anchor=(1, 1))  # beside the last panel, for all
     figure.savefig(path, dpi=160, bbox_inches="tight")
@@ -692,8 +650,10 @@ class Flags:
     plot: str = ""  # a table, and a picture of it in this file (needs matplotlib)
 
     def __post_init__(self):
-        check_at_least(self, num_samples=1, batch_size=1, length=0, problem=-1)
-        if (self.prompt != "") + (self.template != "") + (self.problem >= 0) > 1:
+        check_at_least(self, 1, "num_samples", "batch_size")
+        check_at_least(self, 0, "length")
+        chosen = [self.prompt, self.template, self.problem >= 0]
+        if sum(map(bool, chosen)) > 1:
             raise UserError("--prompt, --template and --problem exclude each other")
         if self.template and not HOLE.search(self.template):
             raise UserError('--template needs a hole, "[1 token]" or "[2 tokens]" and so on')
@@ -706,13 +666,12 @@ def make_watcher(decode, color):
     A mask is `_`, a line's end ⏎, the end token ∎."""
     bright, red = ("\033[1;97m{}\033[0m", "\033[9;31m{}\033[0m") if color else ("+{}+", "-{}-")
 
-    def watch(run, *blocks):
+    def watch(run, xt, x, sent_back):
         words = []
-        first_rows = (block[0].tolist() for block in blocks)
-        for old, token, sent_back in zip(*first_rows):
+        for old, token, is_back in zip(xt[0].tolist(), x[0].tolist(), sent_back[0]):
             is_mask = token == run.model.noise.mask
             text = "_" if is_mask else decode([token]).replace("\n", "⏎").replace(END, "∎")
-            style = red if sent_back else bright if token != old else "{}"
+            style = red if is_back else bright if token != old else "{}"
             words.append(style.format(text))
         print(f"{run.nfe:4} {run.begin:4} | {''.join(words)}", flush=True)
 
@@ -725,7 +684,7 @@ def sample(path, flags, options):
     device = find_device(flags.device)
     model, content = load_checkpoint(path, device)
     task = Task(flags, content)
-    options = dict(options, stop=task.stop)
+    options["stop"] = task.stop
     if flags.table:
         run_name = os.path.basename(path.removesuffix("/ckpt.pt"))
         title = f"{run_name}: {model.config.noise} noise"

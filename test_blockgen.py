@@ -5,6 +5,7 @@ enumerate; and that the scripts do what their users expect.
 """
 import copy
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -17,16 +18,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import tracemalloc
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on CPU tensors
 
@@ -1398,25 +1396,10 @@ def samples(model, rows, length=None, **options):
     return tokens
 
 
-class TokenCache:
-    """A cache of tokens instead of keys."""
-
-    def __init__(self, rows, length):
-        self.length = 0
-        self.tokens = torch.zeros(rows, length, dtype=torch.int64)
-
-    def put(self, x):
-        """Write x behind the committed tokens."""
-        self.tokens[:, self.length : self.length + x.shape[1]] = x
-
-    def accept(self, k):
-        self.length += k
-
-
 class ExactModel:
-    """What generate() needs of a model, for a distribution p over STATES. Its AR side is exact.
-    Its diffusion side gives p(x_i | the prefix, what is revealed in the block) under masked noise,
-    p(x_i | the prefix) under uniform noise."""
+    """What generate() needs of a model and its cache, for a distribution p over STATES. Its AR side
+    is exact. Its diffusion side gives p(x_i | the prefix, what is revealed in the block) under
+    masked noise, p(x_i | the prefix) under uniform noise."""
 
     device = "cpu"
 
@@ -1426,34 +1409,35 @@ class ExactModel:
         self.config = Config(vocab_size=V, seq_len=n, noise=noise)
 
     def new_cache(self, rows, length):
-        return TokenCache(rows, length)
+        self.length = 0
+        self.tokens = torch.zeros(rows, n, dtype=torch.int64)
+        return self
 
-    def log_law(self, known, tokens, i):
-        """log p(x_i = v | the known (N, n) positions but i hold these tokens), (N, V)."""
-        known = known & (torch.arange(n) != i)
-        agrees = (STATES == tokens[:, None]) | ~known[:, None]
-        weight = self.p * agrees.all(-1)
-        return token_law(weight, i).log()
+    def accept(self, k):
+        self.length += k
+
+    def laws(self, x, known):
+        """log p(x_i = v | the tokens at known(i), (N, n)), (N, n, V), for the tokens x that follow
+        the committed ones."""
+        begin, end = self.length, self.length + x.shape[1]
+        self.tokens[:, begin:end] = x
+        laws = []
+        for i in range(begin, end):
+            agrees = (STATES == self.tokens[:, None]) | ~known(i)[:, None]
+            laws.append(token_law(self.p * agrees.all(-1), i).log())
+        return torch.stack(laws, 1)
 
     def denoise(self, xt, cache, commit, block_size):
-        cache.put(commit)
-        cache.accept(commit.shape[1])
-        begin, end = cache.length, cache.length + xt.shape[1]
-        tokens = cache.tokens.clone()
-        tokens[:, begin:end] = xt
-        known = torch.zeros_like(tokens, dtype=torch.bool)
-        known[:, :begin] = True
-        known[:, begin:end] = ~self.noise.maybe_noise(xt)
-        laws = [self.log_law(known, tokens, i) for i in range(begin, end)]
-        return torch.stack(laws, 1)
+        self.tokens[:, self.length : self.length + commit.shape[1]] = commit
+        self.length += commit.shape[1]
+        known = (torch.arange(n) < self.length).repeat(len(xt), 1)
+        known[:, self.length : self.length + xt.shape[1]] = (
+            ~self.noise.maybe_noise(xt)
+        )
+        return self.laws(xt, lambda i: known & (torch.arange(n) != i))
 
     def verify(self, x, cache, noise):
-        cache.put(x)
-        laws = []
-        for i in range(cache.length, cache.length + x.shape[1]):
-            before = torch.arange(n)[None] < i
-            laws.append(self.log_law(before, cache.tokens, i))
-        return torch.stack(laws, 1)
+        return self.laws(x, lambda i: torch.arange(n)[None] < i)
 
 
 def has_law(tokens, law):
@@ -1468,7 +1452,9 @@ def ar_law(p, given=(-1,) * n, temperature=1.0, top_k=V):
     law = torch.ones(len(STATES), dtype=DOUBLE)
     for i, token in enumerate(given):
         weight = p * (STATES[:, None, :i] == STATES[:, :i]).all(-1)
-        each = token_law(weight, i) ** (1 / temperature)  # (V^n, V), one for each beginning
+        each = token_law(weight, i) ** (
+            1 / temperature
+        )  # (V^n, V), one for each beginning
         each[each < each.topk(top_k).values[:, -1:]] = 0
         each = each / each.sum(-1, keepdim=True)
         if token >= 0:
@@ -1488,7 +1474,9 @@ def test_speculative_samples_are_exactly_ar_samples(noise, shape):
     assert has_law(samples(model, 20_000, sampler="ar", seed=1, **shape), law)
     options = dict(sampler="speculative", **shape)
     for S in (2, 3):
-        tokens, stats = generate(model, 20_000, n, block_size=S, seed=2, **options)
+        tokens, stats = generate(
+            model, 20_000, n, block_size=S, seed=2, **options
+        )
         assert has_law(tokens, law)
         assert stats["nfe"] < 2 * n  # some rounds accept a token in every row
     # the test has teeth: the draft alone has another law
@@ -1499,17 +1487,12 @@ def test_speculative_samples_are_exactly_ar_samples(noise, shape):
 @EACH_NOISE
 def test_speculative_samples_in_a_batch_of_different_prompts(noise):
     """Small batches, which move on by several tokens at a time. Each row has the AR law of its own
-    prompt, also where the prompt stands behind free tokens. A row that is given holds back none."""
+    prompt, also where the prompt stands behind free tokens."""
     model = ExactModel(random_distribution(2), noise)
     prompts = [(-1, -1, -1), (2, -1, -1), (-1, 0, -1), (1, -1, 2), (0, 0, 0)]
     given = torch.tensor(prompts)
-    write = partial(generate, model, sampler="speculative")
-    batches = []
-    for k in range(500):
-        tokens, stats = write(5, n, given=given, first_row=5 * k)
-        batches.append(tokens)
-    others, fewer = write(4, n, given=given[:4], first_row=5 * k)
-    assert torch.equal(tokens[:4], others) and stats["nfe"] == fewer["nfe"]
+    write = partial(samples, model, sampler="speculative")
+    batches = [write(5, given=given, first_row=5 * k) for k in range(500)]
     by_prompt = torch.stack(batches, 1)  # (5, batches, n)
     for tokens, prompt in zip(by_prompt, prompts):
         assert has_law(tokens, ar_law(model.p, prompt))
@@ -1524,7 +1507,8 @@ class Direct:
     in every pass, from the text as it stands. The random numbers are those of generate().
 
     tokens are -1 where nothing is decided. A text longer than the context goes on from the last
-    half of it. Each sampler is a function that fills the free tokens of a block."""
+    half of it. Each sampler is a function that fills the free tokens of a block.
+    """
 
     def __init__(self, model, given, row, **options):
         self.model, self.tokens, self.row = model, list(given), row
@@ -1533,7 +1517,9 @@ class Direct:
     def write(self):
         begin = window = 0
         L = self.model.config.seq_len
-        self.size = 1 if self.options.sampler == "ar" else self.options.block_size
+        self.size = (
+            1 if self.options.sampler == "ar" else self.options.block_size
+        )
         while begin < len(self.tokens):
             if begin == window + L:
                 window = begin - L // 2
@@ -1543,7 +1529,11 @@ class Direct:
             if self.free:
                 xt = dict(zip(self.block, self.tokens[begin:end]))
                 xt |= {i: self.noise(sample.PRIOR, 0, i) for i in self.free}
-                fill = steps_by_hand if len(self.block) == 1 else BY_HAND[self.options.sampler]
+                fill = (
+                    steps_by_hand
+                    if len(self.block) == 1
+                    else BY_HAND[self.options.sampler]
+                )
                 fill(self, xt)
             begin = next((i for i in self.block if self.tokens[i] < 0), end)
         return self.tokens
@@ -1551,7 +1541,9 @@ class Direct:
     def uniform(self, purpose, step, i):
         """The uniform number for token i."""
         key = self.options.seed, purpose, step, self.block.start
-        return random_numbers(key, [self.row], len(self.block))[0, i - self.block.start]
+        return random_numbers(key, [self.row], len(self.block))[
+            0, i - self.block.start
+        ]
 
     def noise(self, purpose, step, i):
         """A token of pure noise for place i."""
@@ -1559,7 +1551,10 @@ class Direct:
 
     def logits(self, clean, noisy):
         """(n, V), of n noisy tokens that follow clean ones: the model without a past."""
-        clean, noisy = (torch.tensor([tokens], dtype=torch.int64) for tokens in (clean, noisy))
+        clean, noisy = (
+            torch.tensor([tokens], dtype=torch.int64)
+            for tokens in (clean, noisy)
+        )
         cache = self.model.new_cache(1)
         return self.model.denoise(noisy, cache, clean, self.size)[0].float()
 
@@ -1573,7 +1568,9 @@ class Direct:
         clean = [self.tokens[i] for i in self.context]
         logits = {}
         for i in self.block:
-            logits[i] = self.logits(clean, [self.noise(sample.VERIFY, step, i)])[0]
+            logits[i] = self.logits(
+                clean, [self.noise(sample.VERIFY, step, i)]
+            )[0]
             clean.append(x[i])
         return logits
 
@@ -1589,7 +1586,8 @@ class Direct:
 def steps_by_hand(direct, xt):
     """Ancestral sampling and ARPC: at each of the steps predict the clean tokens, and step back to
     the next noise level. A guided step of ARPC goes all the way instead, asks the AR side, and
-    sends the tokens with the lowest likelihood back to noise, so many as the level demands."""
+    sends the tokens with the lowest likelihood back to noise, so many as the level demands.
+    """
     o, model = direct.options, direct.model
     steps = o.steps if len(direct.block) > 1 else 1
     for k in range(steps):
@@ -1600,10 +1598,16 @@ def steps_by_hand(direct, xt):
         for i in direct.free:
             old, u = torch.tensor(xt[i]), direct.uniform(sample.REVEAL, k, i)
             probs = direct.law(logits[i])
-            xt[i] = int(model.noise.step(probs, old, 1.0 if guided else alpha_s, alpha_t, u))
+            xt[i] = int(
+                model.noise.step(
+                    probs, old, 1.0 if guided else alpha_s, alpha_t, u
+                )
+            )
         if guided:
             ar = direct.ar(xt, k)
-            score = {i: -ar[i].log_softmax(-1)[xt[i]].item() for i in direct.free}
+            score = {
+                i: -ar[i].log_softmax(-1)[xt[i]].item() for i in direct.free
+            }
             count = max(1, round((1 - alpha_s) * len(direct.block)))
             for i in sorted(direct.free, key=score.get, reverse=True)[:count]:
                 xt[i] = direct.noise(sample.RENOISE, k + 1, i)
@@ -1645,26 +1649,14 @@ def draft_by_hand(direct, xt):
             direct.tokens[i] = x
             continue
         rest = (p - q[i]).clamp(min=0)
-        direct.tokens[i] = int(draw(rest, direct.uniform(sample.RESIDUAL, 0, i)))
+        direct.tokens[i] = int(
+            draw(rest, direct.uniform(sample.RESIDUAL, 0, i))
+        )
         return
 
 
 BY_HAND = dict.fromkeys(["ancestral", "ar", "arpc"], steps_by_hand)
 BY_HAND.update(confidence=confidence_by_hand, speculative=draft_by_hand)
-
-
-def count_calls(model):
-    """A list of the model's passes, as they are made."""
-    calls = []
-    for name in ("denoise", "verify"):
-        method = getattr(model, name)
-
-        def counted(*args, name=name, method=method):
-            calls.append(name)
-            return method(*args)
-
-        setattr(model, name, counted)
-    return calls
 
 
 GIVEN = torch.full((3, 45), -1)  # the context is 21 tokens
@@ -1673,8 +1665,19 @@ GIVEN[1, 3:9] = 2
 GIVEN[1, 20:23] = 4
 GIVEN[2, :13] = 3
 VARIANTS = [dict(sampler=name) for name in FILL]
-VARIANTS += [dict(sampler="arpc", warmup=1, guide_every=2, steps=6, top_k=0, temperature=1.0)]
-VARIANTS += [dict(sampler="speculative", block_size=2, temperature=5.0)]  # accepts whole drafts
+VARIANTS += [
+    dict(
+        sampler="arpc",
+        warmup=1,
+        guide_every=2,
+        steps=6,
+        top_k=0,
+        temperature=1.0,
+    )
+]
+VARIANTS += [
+    dict(sampler="speculative", block_size=2, temperature=5.0)
+]  # accepts whole drafts
 
 
 @NAN_CACHE
@@ -1682,35 +1685,36 @@ VARIANTS += [dict(sampler="speculative", block_size=2, temperature=5.0)]  # acce
 @EACH_NOISE
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @torch.no_grad()
-def test_samplers_equal_direct_implementations(variant, noise, token_causal, ar):
+def test_samplers_equal_direct_implementations(
+    variant, noise, token_causal, ar
+):
     """Token for token, beyond the context too; so the cache, the other rows of a batch, and what
-    has left the context change nothing. In float64, so that no rounding decides a draw."""
+    has left the context change nothing. In float64, so that no rounding decides a draw.
+    """
     model = tiny(noise, ar=ar, token_causal=token_causal).double()
-    options = dict(block_size=5, steps=4, threshold=0.3, temperature=0.7, top_k=4, seed=5)
+    options = dict(
+        block_size=5, steps=4, threshold=0.3, temperature=0.7, top_k=4, seed=5
+    )
     options |= variant
     if not token_causal and options["sampler"] in ("arpc", "speculative"):
         with pytest.raises(UserError, match="block-causal"):
             samples(model, 3, **options)
         return
-    direct = [Direct(model, GIVEN[i].tolist(), i, **options).write() for i in range(3)]
-    calls = count_calls(model)
+    direct = [
+        Direct(model, GIVEN[i].tolist(), i, **options).write() for i in range(3)
+    ]
     tokens, stats = generate(model, 3, 45, given=GIVEN, **options)
-    assert stats["nfe"] == len(calls)
     assert stats["tokens"] == (GIVEN < 0).sum()
     if options["sampler"] == "speculative":  # there rows wait for each other
-        kept = []
-
-        def watch(run, xt, x, sent_back):
-            kept.append((run.free() & ~sent_back).sum())
-
-        alone = partial(samples, model, 1, 45, watch=watch, **options)
-        tokens = torch.cat([alone(given=GIVEN[i : i + 1], first_row=i) for i in range(3)])
-        assert sum(kept) == stats["tokens"]
+        alone = partial(samples, model, 1, 45, **options)
+        tokens = torch.cat(
+            [alone(given=GIVEN[i : i + 1], first_row=i) for i in range(3)]
+        )
     assert tokens.tolist() == direct
     if variant == dict(sampler="arpc"):
         # Blocks of 5, 5, 5, 5, 1 tokens; then, in contexts whose first ten tokens are kept, twice
         # 5, 5, 1; at last 2. A block takes 2 steps - 1 passes, a single token one.
-        assert len(calls) == 9 * 7 + 3
+        assert stats["nfe"] == 9 * 7 + 3
 
 
 def plain_scores(a, d, x, revealed):
@@ -1730,46 +1734,36 @@ def plain_scores(a, d, x, revealed):
         diffusion_entropy=diffusion.entropy(),
         diffusion_confidence=-first,
         diffusion_margin=second - first,
-        random=torch.full((30,), 0.25),
     )
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
 @EACH_NOISE
-def test_criteria_equal_their_formulas(noise, criterion):
+def test_criteria_equal_their_formulas(noise):
     """Under masked noise some tokens were revealed before: there the diffusion side is a point
-    mass. The AR side is asked at most once, and by those alone that need it."""
+    mass."""
     torch.manual_seed(0)
     noise = NOISES[noise](6)
     ar, diffusion = torch.randn(2, 30, 6, dtype=DOUBLE)
     x, other = torch.randint(0, 6, (2, 30))
     revealed = (torch.rand(30) < 0.4) & (noise.token_share == 0)
     xt = torch.where(revealed, x, other if noise.mask is None else noise.mask)
-    asked = []
-    run = SimpleNamespace(
-        model=SimpleNamespace(noise=noise),
-        verify=lambda *_: asked.append(1) or ar[None],
-        random=lambda *_: torch.full((1, 30), 0.25),
-    )
+    model = SimpleNamespace(noise=noise)
+    run = SimpleNamespace(model=model, verify=lambda *_: ar[None])
     proposal = sample.Proposal(run, x[None], xt[None], diffusion[None], 0)
-    scores = CRITERIA[criterion](proposal)[0]
-    d = torch.where(revealed[:, None], F.one_hot(x, 6).double(), diffusion.softmax(-1))
-    assert close(scores, plain_scores(ar.softmax(-1), d, x, revealed)[criterion], 1e-6)
-    assert len(asked) == (criterion[:2] in ("ar", "kl", "re", "tv"))
-
-
-def test_what_is_drawn():
-    """Of tied tokens no more than top_k; at temperature 0 the likeliest."""
-    logits = torch.tensor([[[1.0, 2.0, 2.0, 2.001, 0.0]]])
-    for options, expected in ((dict(top_k=2), [0.5, 0.5]), (dict(temperature=0), [0, 1])):
-        run = SimpleNamespace(options=sample.Options(**options))
-        probs = sample.Run.law(run, logits).flatten()
-        assert sorted(probs.tolist()) == pytest.approx([0, 0, 0, *expected], abs=1e-3)
+    d = torch.where(
+        revealed[:, None], F.one_hot(x, 6).double(), diffusion.softmax(-1)
+    )
+    expected = plain_scores(ar.softmax(-1), d, x, revealed)
+    assert {*expected, "random"} == set(CRITERIA)
+    for name, scores in expected.items():
+        assert close(CRITERIA[name](proposal)[0], scores, 1e-6)
 
 
 def test_the_schedule_is_the_one_of_training():
     write = partial(samples, rows=8, sampler="ancestral", block_size=7, steps=4)
-    assert not torch.equal(write(tiny(schedule="linear")), write(tiny(schedule="cosine")))
+    assert not torch.equal(
+        write(tiny(schedule="linear")), write(tiny(schedule="cosine"))
+    )
 
 
 def test_a_sampler_that_decides_nothing_is_an_error(monkeypatch):
@@ -1788,14 +1782,13 @@ def test_rows_stop_at_their_end_token(sampler):
     given = torch.full((6, 21), -1)
     given[:, :4] = end
     given[0, 20] = 7
-    write = partial(generate, model, sampler=sampler, block_size=2, steps=2)
-    tokens, _ = write(6, 21, given=given, stop=end)
+    options = dict(sampler=sampler, block_size=2, steps=2)
+    tokens = samples(model, 6, given=given, stop=end, **options)
     assert tokens[0, 20] == 7
-    assert (tokens[:, :4] == end).all()
     for row in tokens[1:, 4:].tolist():
         assert set(row[row.index(end) :]) == {end}
-    _, early = write(5, 21, given=given[1:], stop=end)
-    _, late = write(5, 21, given=given[1:])
+    _, early = generate(model, 5, 21, given=given[1:], stop=end, **options)
+    _, late = generate(model, 5, 21, given=given[1:], **options)
     assert early["nfe"] < late["nfe"]
     assert early["tokens"] < late["tokens"]
 
@@ -1805,47 +1798,48 @@ def test_rows_stop_at_their_end_token(sampler):
 
 
 def write_checkpoint(path, letters, end_bias=0.0, **config):
-    """A small model of some letters, and an end token, in a file."""
-    tokens = [letter.encode().hex() for letter in letters]
+    """A small model of some letters, and an end token, in a file. Returns a function from tokens x
+    (L,) to the AR side's logits of all but the first, (L - 1, V), by the training pass at block
+    size 1."""
     end = len(letters)
+    tokens = [letter.encode().hex() for letter in letters]
     tokenizer = dict(kind="char", tokens=tokens, vocab_size=end + 1, end=end)
     model = tiny(vocab_size=end + 1, **config)
     model.head_bias.data[end] += end_bias
-    content = dict(config=asdict(model.config), model=model.state_dict(), args={})
+    content = dict(
+        config=asdict(model.config), model=model.state_dict(), args={}
+    )
     blockgen.save_checkpoint(path, meta=dict(tokenizer=tokenizer), **content)
-    return model
-
-
-def write_transformer(folder, letters):
-    """A random GPT-2 of some letters for the package transformers."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    vocab = {letter: i for i, letter in enumerate([*letters, END])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    fast = transformers.PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, eos_token=END, bos_token=END).save_pretrained(folder)
-    shape = dict(n_positions=9, n_embd=8, n_layer=2, n_head=2, initializer_range=0.5)
-    config = transformers.GPT2Config(vocab_size=len(vocab), **shape)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    model.save_pretrained(folder)
-    return lambda x: model(x[None]).logits[0, :-1]
-
-
-def write_judge(path, letters):
-    """A checkpoint of ours with a context of nine tokens."""
-    return logits_of_clean(write_checkpoint(path, letters, seq_len=9, seed=1))
-
-
-def logits_of_clean(model):
-    """A function from tokens x (L,) to the AR side's logits of all but the first, (L - 1, V), by
-    the training pass at block size 1."""
 
     def logits(x):
         hidden = model.predictions(x[None], x[None], torch.tensor([1]))[1]
         return model.logits(hidden)[0, 1:]
 
     return logits
+
+
+def write_transformer(folder, letters, seq_len, seed):
+    """The same of a random GPT-2 for the package transformers."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {letter: i for i, letter in enumerate([*letters, END])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast
+    fast(
+        tokenizer_object=tokenizer, eos_token=END, bos_token=END
+    ).save_pretrained(folder)
+    shape = dict(
+        n_positions=seq_len,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.5,
+    )
+    config = transformers.GPT2Config(vocab_size=len(vocab), **shape)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(folder)
+    return lambda x: model(x[None]).logits[0, :-1]
 
 
 @pytest.fixture
@@ -1863,24 +1857,24 @@ def recorded(monkeypatch):
     return rows
 
 
-@pytest.mark.parametrize("write", [None, write_judge, write_transformer])
+@pytest.mark.parametrize("write", [None, write_checkpoint, write_transformer])
 @torch.no_grad()
 def test_perplexity_entropy_and_bits(write, recorded, tmp_path, capsys):
     """Of a table of texts, against a plain computation. A judge with another vocabulary and a
     shorter context reads the beginning alone; the first token is free of charge, and the end
     token counts where there is one."""
     ours, path = "abcdefé", tmp_path / "model.pt"
-    model = write_checkpoint(path, ours, end_bias=1.5)  # some texts end, not all
+    logits = write_checkpoint(
+        path, ours, end_bias=1.5
+    )  # some texts end, not all
     flags = [f"--ckpt={path}", "--table", "--num_samples=9", "--batch_size=4"]
-    theirs, longest, logits = ours, 21, logits_of_clean(model)
+    theirs, longest = ours, 21
     if write:
-        theirs, longest, judge = "xéfedcba", 9, tmp_path / "judge"
-        logits = write(judge, theirs)
-        flags.append(f"--judge={judge}")
+        theirs, longest = "xéfedcba", 9
+        logits = write(tmp_path / "judge", theirs, seq_len=longest, seed=1)
+        flags.append(f"--judge={tmp_path}/judge")
     call(sample, *flags)
-    *_, heading, _, line = capsys.readouterr().out.splitlines()
-    assert heading.endswith(str(judge) if write else "its own AR side")
-    _, _, *figures = line.split()
+    figures = capsys.readouterr().out.split()[-4:]
     sums, entropies = [], []
     for row in recorded:
         row = row[: row.index(7) + 1] if 7 in row else row
@@ -1896,22 +1890,35 @@ def test_perplexity_entropy_and_bits(write, recorded, tmp_path, capsys):
     mean = nats.sum() / tokens.sum()
     error = np.linalg.norm(nats - mean * tokens) / tokens.sum()
     bits = nats.sum() / math.log(2) / n_bytes.sum()
-    expected = [math.exp(mean), math.exp(mean) * error, np.mean(entropies), bits]
+    expected = [
+        math.exp(mean),
+        math.exp(mean) * error,
+        np.mean(entropies),
+        bits,
+    ]
     assert [float(x) for x in figures] == pytest.approx(expected, abs=6e-3)
 
 
-PUZZLES = [("a+a", "#### 2"), ("b+a", "#### 3"), ("sort ba", "ab"), ("a" * 30, "#### 9")]
+PUZZLES = [
+    ("a+a", "#### 2"),
+    ("b+a", "#### 3"),
+    ("sort ba", "ab"),
+    ("a" * 30, "#### 9"),
+]
 
 
 @pytest.fixture
 def puzzles(tmp_path):
     """Flags for a dataset of problems, and for a model that was trained on something else."""
-    lines = [json.dumps(dict(question=question, answer=answer)) for question, answer in PUZZLES]
+    lines = [
+        json.dumps(dict(question=question, answer=answer))
+        for question, answer in PUZZLES
+    ]
     path = tmp_path / "puzzles.jsonl"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines))
     files = dict(input=str(path), test=str(path))
     prepare("problems", tmp_path, tokenizer="char", seq_len=64, **files)
-    write_checkpoint(tmp_path / "ckpt.pt", sorted(set("".join(sum(PUZZLES, ())))), seq_len=24)
+    write_checkpoint(tmp_path / "ckpt.pt", "#+ 2349abort s", seq_len=24)
     dataset = [f"--data_dir={tmp_path}", "--dataset=problems"]
     return [f"--ckpt={tmp_path}/ckpt.pt"], dataset
 
@@ -1920,62 +1927,74 @@ def test_problems_of_another_dataset(puzzles, monkeypatch, capsys):
     """The model's tokenizer encodes them; an answer begins behind the question and ends at the
     first end token; a question that does not fit is counted as wrong."""
     ckpt, dataset = puzzles
-    encode, _ = load_tokenizer(blockgen.read_checkpoint(ckpt[0][7:])["meta"]["tokenizer"])
+    encode, _ = load_tokenizer(
+        blockgen.read_checkpoint(ckpt[0][7:])["meta"]["tokenizer"]
+    )
 
-    def knows_two_answers(model, n, length, *, given, first_row, stop, **options):
+    def always_says_two(model, n, length, *, given, stop, **options):
         tokens = given.clone()
-        for row, (_, answer) in zip(tokens, PUZZLES[first_row:]):
-            free = (row < 0).nonzero()[:, 0]
-            text = encode("#### 2" if answer == "#### 3" else answer) + [stop]
-            row[free] = torch.tensor((text + encode("ab" * 12))[: len(free)], dtype=torch.int64)
+        for row in tokens:
+            free = row < 0
+            text = encode("#### 2") + [stop] + encode("ab" * 12)
+            row[free] = torch.tensor(text)[: free.sum()]
         return tokens, dict(nfe=7, tokens=1, seconds=1.0)
 
-    monkeypatch.setattr(sample, "generate", knows_two_answers)
+    monkeypatch.setattr(sample, "generate", always_says_two)
     monkeypatch.setattr(sample, "GRID", [dict(sampler="ar")])
-    call(sample, *ckpt, *dataset, "--table", "--num_samples=4", "--batch_size=3")
-    *_, heading, _, line = capsys.readouterr().out.splitlines()
-    assert "1 too long" in heading
-    quality, error = line.split()[2:4]
-    assert (quality, error) == ("0.500", "0.250")
-    call(sample, *ckpt, *dataset, "--problem=0")
-    assert "a+a\n#### 2= 2.0, right\n" in capsys.readouterr().out
-    call(sample, *ckpt, *dataset, "--problem=1")
-    assert "wrong" in capsys.readouterr().out
+    call(
+        sample, *ckpt, *dataset, "--table", "--num_samples=4", "--batch_size=3"
+    )
+    out = capsys.readouterr().out
+    assert "1 too long" in out
+    quality, error = out.splitlines()[-1].split()[2:4]
+    assert (quality, error) == ("0.250", "0.217")  # sqrt(3 / 16 / 4)
+    for problem, verdict in ((0, "a+a\n#### 2= 2.0, right\n"), (1, "wrong")):
+        call(sample, *ckpt, *dataset, f"--problem={problem}")
+        assert verdict in capsys.readouterr().out
 
 
 def test_texts_prompts_and_templates(tmp_path, capsys):
     write_checkpoint(tmp_path / "ckpt.pt", "abcdef _")
-    run = partial(call, sample, f"--ckpt={tmp_path}/ckpt.pt")
-    run("--num_samples=3", "--batch_size=2", "--length=50", "--seed=3", "--top_k=3")
-    *texts, last = capsys.readouterr().out.split("\n" + "-" * 80 + "\n")
+
+    def run(*flags):
+        call(sample, f"--ckpt={tmp_path}/ckpt.pt", *flags)
+        return capsys.readouterr().out
+
+    out = run(
+        "--num_samples=3",
+        "--batch_size=2",
+        "--length=50",
+        "--seed=3",
+        "--top_k=3",
+    )
+    *texts, last = out.split("\n" + "-" * 80 + "\n")
     assert len(texts) == 3 and last.startswith("nfe ")
     assert 21 < len(texts[0]) <= 50
-    run("--template=__[2 tokens]b[1 token]", "--sampler=confidence")
-    text = capsys.readouterr().out.split("\n")[0]
+    text = run(
+        "--template=__[2 tokens]b[1 token]", "--sampler=confidence"
+    ).split("\n")[0]
     assert text.startswith("__") and len(text) <= 6
-    run("--prompt=ab", "--sampler=arpc", "--watch")
-    out = capsys.readouterr().out
+    out = run("--prompt=ab", "--sampler=arpc", "--watch")
     assert "\nab" in out
-    assert re.search(r"\| ab.*[-]._?", out) and "\033" not in out  # colors are for a terminal
+    assert (
+        re.search(r"\| ab.*[-]._?", out) and "\033" not in out
+    )  # colors are for a terminal
+    greedy = partial(run, "--sampler=ar", "--temperature=0")
+    assert (
+        greedy("--seed=1").split("\n")[0] == greedy("--seed=2").split("\n")[0]
+    )
 
 
 SAMPLE_REFUSES = [
     ("--block_size=0", "block_size"),
-    ("--batch_size=0", "batch_size"),
-    ("--sampler=gibbs", "ancestral"),
-    ("--criterion=luck", "kld"),
     ("--temperature=nan", "temperature"),
-    ("--guide_every=0", "guide_every"),
     ("--prompt=aaaaaaaaaaaaaaaaaaaaaaaaa", "25 tokens"),
-    ("--prompt=a --length=-1", "length"),
     ("--template=a__b", "[2 tokens]"),
     ("--prompt=a --template=[1_token]", "exclude"),
     ("--problem=4", "dataset"),
     ("--problem=4 {dataset}", "0 to 3"),
     ("--problem=3 {dataset}", "length"),
-    ("--ckpt=nowhere.pt", "nowhere.pt"),
     ("--plot=nowhere/x.png", "nowhere"),
-    ("--plot=x.foo", ".png"),
 ]
 
 
@@ -1991,7 +2010,12 @@ def test_a_picture_of_two_tables(recorded, puzzles, tmp_path):
     ckpt, _ = puzzles
     path = tmp_path / "x.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        call(sample, f"{ckpt[0]},{tmp_path}/ckpt.pt", f"--plot={path}", "--length=8")
+        call(
+            sample,
+            f"{ckpt[0]},{tmp_path}/ckpt.pt",
+            f"--plot={path}",
+            "--length=8",
+        )
     words = re.findall(r"<text[^>]*>([^<]*)", path.read_text())
     assert words.count("network passes") == words.count("perplexity") == 2
     assert {"ar", "8"} <= set(words)
@@ -2049,13 +2073,7 @@ def toy(toy_data, tmp_path):
     return make
 
 
-def same(a, b):
-    """Equal, bit for bit, in nested dicts and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+same = partial(torch.testing.assert_close, rtol=0, atol=0)  # bit for bit, in dicts and lists
 
 
 def test_batches_are_stratified_and_made_of_rows(toy):
@@ -2065,7 +2083,7 @@ def test_batches_are_stratified_and_made_of_rows(toy):
         draw_rows = partial(train.draw_batch, data, meta, mixture, args, step)
         batch = draw_rows(torch.arange(8))
         parts = [draw_rows(rows) for rows in torch.arange(8).chunk(3)]
-        assert same(batch, [torch.cat(pieces) for pieces in zip(*parts)])
+        same([*batch], [torch.cat(pieces) for pieces in zip(*parts)])
         assert sorted(batch.block_size.tolist()) == [1, 1, 5, 5, 5, 5, 24, 24]
         levels = batch.t[batch.block_size == 5]
         assert (levels[:, 5:10] == levels[:, 5:6]).all()  # constant in a block
@@ -2073,38 +2091,30 @@ def test_batches_are_stratified_and_made_of_rows(toy):
         assert close(gaps, torch.tensor((1 - args.t_min) / 20), 1e-6)  # one in each interval
 
 
-def test_each_noise_level_is_uniform_and_rows_begin_anywhere():
+def test_each_noise_level_is_uniform():
     options = torch.tensor([6, 7]), torch.tensor([0.0, 0.5]), torch.tensor([4, 4]), 21
-    draws = [train.draw_noise((5, k), *options, 0) for k in range(2000)]
-    t, u = (torch.stack(x) for x in zip(*draws))  # (keys, 2, 21)
-    for row, position in itertools.product((0, 1), (0, 8, 20)):
-        assert is_uniform(t[:, row, position], 20)
-        assert is_uniform(u[:, row, position], 20)
-    # Two rows begin one to six sixths of the circle apart (and a half, by stratum).
-    apart = 6 * (t[:, 1, 0] - t[:, 0, 0]) - 0.5
-    assert is_uniform((apart.round() % 6 + 0.5) / 6, 6)
-    scaled, _ = train.draw_noise((5, 0), *options, 0.25)
-    assert close(scaled, 0.25 + 0.75 * t[0], 1e-12)
+    draws = [train.draw_noise((5, k), *options, 0.25)[0] for k in range(2000)]
+    level = (torch.stack(draws) - 0.25) / 0.75  # (keys, 2, 21)
+    assert is_uniform(level[:, 0, 0], 20)
+    assert is_uniform(level[:, 1, 20], 20)
+    apart = (level[:, 1, 0] - level[:, 0, 0]) % 1  # each row begins with a random interval
+    assert is_uniform(apart, 6)
 
 
 def test_under_shift_every_row_has_block_size_1():
     args = train.Settings(block_sizes=(1, 5, 24), block_weights=(1, 2, 1))
     sizes, weights, ar_weight = train.make_mixture(args, "shift")
     assert sizes.tolist() == [5, 24]
-    assert weights.tolist() == pytest.approx([2 / 3, 1 / 3])
-    assert ar_weight == 0.25
+    assert [*weights, ar_weight] == pytest.approx([2 / 3, 1 / 3, 1 / 4])
 
 
 def test_rows_of_texts_and_of_problems(toy):
+    """Of a text one at every position."""
     _, _, data, *_ = toy()
-    assert len(data) == 36_000 - 23  # one at every position
     assert np.array_equal(data[1000, 10:], data[1010, :-10])
     _, _, data, _, meta = toy("--dataset=puzzles")
-    assert len(data) == 320
-    x0, given = train.read_rows(data, torch.arange(320), meta)
-    for row, question in zip(x0.tolist(), given.tolist()):
-        n = row.index(0) + 1
-        assert question == [True] * n + [False] * (24 - n)
+    x0, given = train.read_rows(data, torch.tensor([7]), meta)
+    assert given.sum() == x0[0].tolist().index(0) + 1
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2113,11 +2123,10 @@ def test_rows_of_texts_and_of_problems(toy):
 
 def test_learning_rate():
     args = train.Settings(learning_rate=2.0, warmup_iters=10, max_iters=1000)
-    assert train.learning_rate(args, 0) == pytest.approx(0.2)
-    assert train.learning_rate(args, 500) == pytest.approx(1.0)  # half of the cosine
-    assert train.learning_rate(args, 999) < 1e-4
+    rates = [train.learning_rate(args, step) for step in (0, 500, 1000)]
+    assert rates == pytest.approx([0.2, 1.0, 0.0])
     args.lr_decay = "constant"
-    assert [train.learning_rate(args, step) for step in (4, 500, 999)] == [1.0, 2.0, 2.0]
+    assert train.learning_rate(args, 500) == 2
 
 
 def take_step(optimizer, matrices, size):
@@ -2128,35 +2137,25 @@ def take_step(optimizer, matrices, size):
     optimizer.step()
 
 
-def test_muon_is_torchs_in_float32_and_resumes_exactly(monkeypatch):
+def test_muon_is_torchs_in_float32(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's, exact
-    args = train.Settings(weight_decay=0.2)
     shapes = (12, 4), (4, 12), (12, 4), (6, 6)
     matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     others = copy.deepcopy(matrices)
-    ours = train.Muon(matrices, args)
+    ours = train.Muon(matrices, train.Settings(weight_decay=0.2))
     theirs = torch.optim.Muon(others, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
     for size in (1, 1e-6, 3):
         take_step(ours, matrices, size)
         take_step(theirs, others, size)
         assert all(map(partial(close, tolerance=1e-5), matrices, others))
-    resumed = copy.deepcopy(matrices)
-    again = train.Muon(resumed, args)
-    again.load_state_dict(copy.deepcopy(ours.state_dict()))
-    take_step(ours, matrices, 2)
-    take_step(again, resumed, 2)
-    assert same(matrices, resumed) and not same(matrices, others)
 
 
-def test_only_matrices_of_layers_decay_and_go_to_the_chosen_optimizer(toy):
-    args, config, *_ = toy("--weight_decay=0.3 --beta2=0.7")
-    model = BlockGen(config)
-    layers, rest = train.make_optimizers(model, args)
+def test_only_matrices_of_layers_decay(toy):
+    args, config, *_ = toy("--weight_decay=0.3")
+    layers, rest = train.make_optimizers(BlockGen(config), args)
     [group], [other] = layers.param_groups, rest.param_groups
     assert [p.shape for p in group["params"]] == [(48, 16), (16, 16), (64, 16), (16, 64)]
-    assert len(group["params"] + other["params"]) == len(list(model.parameters()))
     assert (group["weight_decay"], other["weight_decay"]) == (0.3, 0)
-    assert other["betas"] == (0.9, 0.7)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2225,22 +2224,16 @@ def test_resuming_equals_not_interrupting(toy_data, tmp_path, monkeypatch, capfd
     monkeypatch.undo()
     again = go_on(part)
     for name in ("model", "average", "best", "best_loss", "step"):
-        assert same(again[name], expected[name])
+        same(again[name], expected[name])
     for a, b in zip(again["optimizers"], expected["optimizers"]):
-        assert same(a["state"], b["state"])
+        same(a["state"], b["state"])
     assert log_of(part) == log_of(whole)
-    before = os.stat(part / "ckpt.pt").st_mtime_ns
-    capfd.readouterr()
-    go_on(part)  # there is nothing to do, and nothing is said to be saved
-    assert os.stat(part / "ckpt.pt").st_mtime_ns == before
-    assert "saved" not in capfd.readouterr().out
 
 
 def test_flags_that_change_on_resuming_do_something(toy_data, tmp_path):
     run_toy(toy_data, tmp_path)
-    content = go_on(tmp_path, "--max_iters=5", "--weight_decay=0.5", "--beta2=0.5")
-    [layers], [rest] = (x["param_groups"] for x in content["optimizers"])
-    assert (layers["weight_decay"], rest["betas"]) == (0.5, (0.9, 0.5))
+    _, rest = go_on(tmp_path, "--max_iters=5", "--beta2=0.5")["optimizers"]
+    assert rest["param_groups"][0]["betas"] == (0.9, 0.5)
 
 
 STOPS = """
@@ -2267,9 +2260,9 @@ def check_alike(one, other):
     any other.)"""
     contents = [read_checkpoint(out / "ckpt.pt")["optimizers"] for out in (one, other)]
     for a, b in zip(*contents):
-        for p, q in zip(a["state"].values(), b["state"].values(), strict=True):
-            scale = p["exp_avg"].abs().max()
-            assert close(p["exp_avg"], q["exp_avg"], 1e-3 * scale + 1e-8)
+        for index, state in a["state"].items():
+            p, q = state["exp_avg"], b["state"][index]["exp_avg"]
+            assert close(p, q, 1e-3 * p.abs().max() + 1e-8)
     for a, b in zip(log_of(one), log_of(other), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
@@ -2352,11 +2345,12 @@ def test_what_stops_one_process_stops_both(together):
 
 
 def test_a_broken_loss_stops_the_run_before_it_is_saved(toy_data, tmp_path, monkeypatch):
-    good = run_toy(toy_data, tmp_path)
+    run_toy(toy_data, tmp_path)
+    good = (tmp_path / "ckpt.pt").read_bytes()
     monkeypatch.setattr(train, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
     with pytest.raises(UserError, match="stopped at step 4.*nan.*--learning_rate"):
         go_on(tmp_path, "--max_iters=5")
-    assert same(read_checkpoint(tmp_path / "ckpt.pt"), good)
+    assert (tmp_path / "ckpt.pt").read_bytes() == good
 
 
 def test_a_failing_evaluation_loses_no_step(toy_data, tmp_path, monkeypatch):
@@ -2368,40 +2362,34 @@ def test_a_failing_evaluation_loses_no_step(toy_data, tmp_path, monkeypatch):
 
 
 def test_one_failing_save_is_told_and_the_last_is_an_error(toy_data, tmp_path, monkeypatch, capsys):
-    steps = set()
-
-    def full(path, step, **content):
-        steps.add(step)
+    def full(path, **content):
         raise OSError("disk full")
 
     monkeypatch.setattr(train, "save_checkpoint", full)
     with pytest.raises(OSError, match="disk full"):
         run_toy(toy_data, tmp_path, "--eval_interval=1")
-    assert steps == {1, 2, 3, 4}
-    assert "step 1 is not saved, the run goes on: disk full" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "step 3 is not saved, the run goes on: disk full" in err
 
 
 def test_best_weights_are_those_of_the_best_validation(toy_data, tmp_path, monkeypatch):
     """It gets worse on purpose, by the weighted mean of the block sizes. --resume goes on from the
     last weights; and where it is measured otherwise, the best ones are found anew."""
-    figures = iter([1.0, 3.0, 5.0, 1.0, 4.0, 4.0, 4.0, 4.0, 9.0])  # S = 1, S = 5, and so on
+    figures = iter([1.0, 3.0, 5.0, 1.0, 4.0, 4.0, 9.0])  # S = 1, S = 5, and so on
     averages = []
 
     def validation(model, *more):
         averages.append(copy.deepcopy(model.state_dict()))
-        return torch.full((2,), next(figures)), torch.full((2,), 24)
+        return torch.full((2,), next(figures)), None
 
     monkeypatch.setattr(train, "evaluate", validation)
-    flags = "--block_weights=0.25,0.75 --max_iters=6 --eval_interval=2 --lr_decay=constant"
-    content = run_toy(toy_data, tmp_path, flags)
+    run_toy(toy_data, tmp_path, "--block_weights=0.25,0.75 --eval_interval=2")
+    content = go_on(tmp_path, "--max_iters=6")
     assert content["best_loss"] == 2
-    assert same(content["average"], averages[-1])
-    assert same(content["best"], averages[2]) and not same(averages[2], averages[-1])
-    content = go_on(tmp_path, "--max_iters=8")
-    assert same(content["best"], averages[2]) and content["step"] == 8
-    content = go_on(tmp_path, "--max_iters=10", "--block_sizes=5", "--block_weights=1")
+    same(content["average"], averages[-1])
+    same(content["best"], averages[2])
+    content = go_on(tmp_path, "--max_iters=8", "--block_sizes=5", "--block_weights=1")
     assert content["best_loss"] == 9
-    assert same(content["best"], content["average"])
 
 
 def test_training_starts_from_a_checkpoint(toy_data, tmp_path):
@@ -2410,11 +2398,9 @@ def test_training_starts_from_a_checkpoint(toy_data, tmp_path):
     first, second = tmp_path / "ar", tmp_path / "both"
     before = run_toy(toy_data, first, "--block_sizes=1 --noise=uniform")
     start = f"--init_from={first}/ckpt.pt"
-    args, config = train.read_flags(["--device=cpu", start, "--dropout=0.5"])
-    assert (config.noise, config.seq_len, config.dropout) == ("uniform", 24, 0.5)
-    assert args.batch_size == train.Settings.batch_size
     after = run_toy(toy_data, second, start, "--max_iters=1 --learning_rate=0")
-    assert same(after["model"], before["best"])
+    same(after["model"], before["best"])
+    assert after["config"].noise == "uniform"
     os.remove(first / "ckpt.pt")
     assert go_on(second, "--max_iters=2")["step"] == 2
 
@@ -2448,9 +2434,8 @@ def test_model_learns_a_markov_chain(toy_data, tmp_path, capsys, noise):
     assert 0.6 < found[1] < 0.95
     assert 0.6 < found[4] < 1.35
     out, err = capsys.readouterr()
-    assert "unigram entropy 2.200 nats" in out and "step 300, S=4: " in out
+    assert "unigram entropy 2.200 nats" in out
     assert f"saved step 300: python sample.py --ckpt={tmp_path}/ckpt.pt" in out
-    assert f"--resume --out_dir={tmp_path} " in out
     assert err.count("it/s") < 8
 
 
@@ -2462,28 +2447,27 @@ def test_model_learns_a_markov_chain(toy_data, tmp_path, capsys, noise):
 @pytest.mark.parametrize("dataset", ["chain", "puzzles"])
 @torch.no_grad()
 def test_validation_at_block_size_1_is_the_exact_likelihood(toy, dataset, ar):
-    """Token by token through the cache; of problems, that of the answer and one end token. It
-    depends on neither batch size nor call."""
+    """Of problems, that of the answer and one end token."""
     _, _, _, data, meta = toy(f"--dataset={dataset}")
     model = tiny(vocab_size=12, seq_len=24, ar=ar)
-    for S in (1, 5, 24):
-        (a, _), (b, _) = (train.evaluate(model, data, meta, S, 11, 3, size) for size in (1, 64))
-        assert a.shape == (11,)
-        assert close(a, b, 1e-4)
     exact, lengths = train.evaluate(model, data, meta, 1, 2)
     x0 = torch.from_numpy(data[[0, len(data) - 1]].astype(np.int64))
-    cache, nats = model.new_cache(2), []
-    for i in range(24):
-        commit = x0[:, i - 1 : i] if i else None
-        logits = model.denoise(torch.full((2, 1), 12), cache, commit)
-        nats.append(F.cross_entropy(logits[:, 0], x0[:, i], reduction="none"))
-    for row, of_row, nat, length in zip(x0.tolist(), torch.stack(nats, 1), exact, lengths):
-        begin, end = 0, 24
+    logits = model.verify(x0, model.new_cache(2))
+    nats = F.cross_entropy(logits.mT, x0, reduction="none")
+    begin, end = 0, 24
+    for i, row in enumerate(x0.tolist()):
         if dataset == "puzzles":
             begin = row.index(0) + 1
             end = row.index(0, begin) + 1
-        assert length == end - begin
-        assert close(nat, of_row[begin:end].mean(), 1e-4)
+        assert lengths[i] == end - begin
+        assert close(exact[i], nats[i, begin:end].mean(), 1e-4)
+
+
+def test_validation_does_not_depend_on_the_batch_size(toy):
+    _, _, _, data, meta = toy()
+    model = tiny(vocab_size=12, seq_len=24)
+    (a, _), (b, _) = (train.evaluate(model, data, meta, 5, 11, 3, size) for size in (1, 64))
+    assert close(a, b, 1e-4)
 
 
 class LevelsModel:
@@ -2492,62 +2476,38 @@ class LevelsModel:
     device = "cpu"
 
     def __call__(self, batch):
-        self.levels = batch.t
         return batch.t
 
 
-def test_evaluation_averages_all_noise_levels_in_float64(toy):
+def test_evaluation_averages_all_noise_levels(toy):
     _, _, _, data, meta = toy()
-    model, means, levels = LevelsModel(), [], []
+    means = []
     for seed in range(300):
-        one, _ = train.evaluate(model, data, meta, 4, 3, 1, seed=seed)
-        levels.append(model.levels)
-        three, _ = train.evaluate(model, data, meta, 4, 3, 3, seed=seed)
-        means.append(three.mean())
-        assert not close(one, three, 1e-3)
-    assert torch.stack(means).mean() == pytest.approx(0.5, abs=0.01)
-    levels = torch.cat(levels)
-    assert levels.dtype == DOUBLE
-    assert 1e-6 <= levels.min() < 3e-4  # it does not begin where training does
-    assert is_uniform(levels[:, 0], 20)
+        nats, _ = train.evaluate(LevelsModel(), data, meta, 4, 3, 3, seed=seed)
+        means.append(nats)
+    means = torch.stack(means)
+    assert means.mean() == pytest.approx(0.5, abs=0.01)
+    assert means.std() < 0.2  # of three draws, each spread evenly over [0, 1]
 
 
-def test_data_of_two_billion_tokens(tmp_path, monkeypatch):
-    """A sparse file. Rows are spread evenly to the very last, where a float32 would go past it."""
-    n = 2**31
-    write_data(tmp_path / "big", [], [])
-    for part in ("train", "val"):
-        os.truncate(tmp_path / "big" / f"{part}.bin", 2 * n)
-    args, _ = train.read_flags(toy_flags(tmp_path, tmp_path, "--dataset=big"))
-    data, val, meta = train.load_data(args, 24)
-    chosen, read_rows = [], train.read_rows
-
-    def record(data, rows, meta):
-        chosen.extend(rows.tolist())
-        return read_rows(data, rows, meta)
-
-    monkeypatch.setattr(train, "read_rows", record)
-    train.evaluate(LevelsModel(), val, meta, 4, 100)
-    last = n - 24
-    assert chosen == [i * last // 99 for i in range(100)]
-    chosen.clear()
-    mixture = train.make_mixture(args, "shift")
-    train.draw_batch(data, meta, mixture, args, 0, torch.arange(100))
-    assert is_uniform(torch.tensor(chosen, dtype=DOUBLE) / last, 5)
-    assert len(set(np.mod(chosen, 16))) > 8  # a float32 has no odd numbers there
+def test_evaluation_reads_two_billion_rows_to_the_last():
+    """A float32 would go past it."""
+    data = np.broadcast_to(np.uint16(0), (2**31, 24))  # takes no memory
+    nats, _ = train.evaluate(LevelsModel(), data, {}, 4, 100)
+    assert nats.isfinite().all()
 
 
 def test_figures_of_sequences():
-    meta = dict(bytes_per_token=2.0)
-    one = train.describe(torch.tensor([math.log(4)]), meta)
-    assert one == "1.3863 nats, 1.000 bits/byte"
-    assert train.describe(torch.tensor([1.0, 3.0]), {}) == "2.0000 ± 1.0000 nats"
+    line = train.describe(torch.tensor([1.0, 3.0]), dict(bytes_per_token=2.0))
+    assert line == "2.0000 ± 1.0000 nats, 1.443 bits/byte"
+
+
+LOG_W = torch.tensor([[0.3], [0.7]], dtype=DOUBLE).log()
 
 
 def log_sum_exp(total):
     """The tightest bound, but none of noisy estimates."""
-    log_w = torch.tensor([[0.3], [0.7]], dtype=DOUBLE).log()
-    return -torch.logsumexp(log_w - total, 0)
+    return -torch.logsumexp(LOG_W - total, 0)
 
 
 def test_mixture_bounds_are_bounds():
@@ -2557,11 +2517,7 @@ def test_mixture_bounds_are_bounds():
     truth = log_sum_exp(exact)
     jensen, other = train.mixture_bounds(exact, [0.3, 0.7])
     assert close(jensen, 0.3 * exact[0] + 0.7 * exact[1], 1e-9)
-    assert (jensen >= truth).all() and (other >= truth - 1e-9).all()
-    far = exact + torch.tensor([[0.0], [20.0]])  # where one size is far better it is the tightest
-    jensen, other = train.mixture_bounds(far, [0.3, 0.7])
-    assert close(other.mean(), log_sum_exp(far).mean(), 0.02)
-    assert other.mean() < jensen.mean() - 1
+    assert (other >= truth - 1e-9).all()
     noisy = exact.repeat(1, 3000)
     noisy += 5 * torch.randn_like(noisy)
     assert log_sum_exp(noisy).mean() < truth.mean() - 0.5
@@ -2578,68 +2534,55 @@ def finished(toy_data, tmp_path_factory):
 
 
 def likelihood_table(capsys, *flags):
-    """{block size or name: [nats, error, bits, perplexity]}"""
+    """{block size or name: nats}"""
     capsys.readouterr()
     call(train, "--eval_only", "--device=cpu", *flags)
-    rows = {}
-    for line in capsys.readouterr().out.splitlines()[1:]:
-        name, _, figures = line.strip().rpartition(": ")
-        rows[name] = list(map(float, re.findall(r"[\d.]+", figures)))
-    return rows
+    _, *lines = capsys.readouterr().out.splitlines()
+    rows = [re.search(r" *(.+): ([\d.]+) ", line).groups() for line in lines]
+    return {name: float(nats) for name, nats in rows}
 
 
 def test_likelihood_tables(finished, capsys):
-    """A checkpoint knows where its data are. Another mixture than its own may be asked for."""
-    flags = "--eval_draws=2", "--eval_block_sizes=1,2,99"
-    here = f"--out_dir={finished}"
-    rows = likelihood_table(capsys, here, *flags)
-    nats = {name: figures[0] for name, figures in rows.items()}
-    assert set(nats) == {"1", "2", "5", "24", "mixture: Jensen", "mixture: log-sum-exp"}
-    assert nats["mixture: Jensen"] == pytest.approx((nats["1"] + nats["5"]) / 2, abs=2e-4)
-    assert rows["1"][3] == pytest.approx(math.exp(nats["1"]), rel=1e-2)
+    """A checkpoint knows where its data are. Another mixture than its own may be asked for; no
+    block is longer than the sequence."""
+    flags = "--eval_block_sizes=2", "--block_sizes=1,99", "--block_weights=3,1"
+    nats = likelihood_table(capsys, f"--out_dir={finished}", *flags)
+    assert set(nats) == {"1", "2", "24", "mixture: Jensen", "mixture: log-sum-exp"}
+    jensen = (3 * nats["1"] + nats["24"]) / 4
+    assert nats["mixture: Jensen"] == pytest.approx(jensen, abs=2e-4)
     elsewhere = f"--init_from={finished}/ckpt.pt", "--out_dir=nowhere"
-    assert likelihood_table(capsys, *elsewhere, *flags) == rows
-    other = "--block_sizes=1,99", "--block_weights=3,1"  # no block is longer than the sequence
-    jensen, *_ = likelihood_table(capsys, here, *flags, *other)["mixture: Jensen"]
-    assert jensen == pytest.approx((3 * nats["1"] + nats["24"]) / 4, abs=2e-4)
+    assert likelihood_table(capsys, *elsewhere, *flags) == nats
 
 
 def test_mixture_bounds_count_the_tokens_that_are_scored(finished, capsys, monkeypatch):
     """Where one of two block sizes is far better, -log p(x) is its NELBO and log 2, once for a
     sequence."""
+    nats = {1: 1.0, 5: 5.0}
     lengths = torch.tensor([7.0, 9.0, 24.0], dtype=DOUBLE)
 
     def evaluation(model, data, meta, block_size, *more):
-        nats = 1.0 if block_size == 1 else 5.0
-        return torch.full((3,), nats, dtype=DOUBLE), lengths
+        return torch.full_like(lengths, nats[block_size]), lengths
 
     monkeypatch.setattr(train, "evaluate", evaluation)
-    rows = likelihood_table(capsys, f"--out_dir={finished}")
+    rows = likelihood_table(capsys, f"--out_dir={finished}", "--eval_block_sizes=1")
     expected = 1 + (math.log(2) / lengths).mean()
-    assert rows["mixture: log-sum-exp"][0] == pytest.approx(expected.item(), abs=1e-4)
+    assert close(torch.tensor(rows["mixture: log-sum-exp"]), expected, 1e-4)
 
 
 # ----------------------------------------------------------------------------------------------
 # Flags and refusals of train.py
 
 TRAIN_REFUSES = [
-    ("--nonsense", "nonsense"),
     ("--block_sizes=0,5", "block_sizes"),
     ("--block_sizes=5,5", "different"),
     ("--block_weights=0.5,-0.5", "block_weights"),
     ("--block_weights=1", "block_weights"),
     ("--max_iters=0", "max_iters"),
-    ("--eval_seqs=0", "eval_seqs"),
-    ("--learning_rate=-1", "learning_rate"),
     ("--learning_rate=nan", "learning_rate"),
-    ("--noisy_gain=nan", "noisy_gain"),
     ("--ema=1", "ema"),
-    ("--seed=-1", "seed"),
+    ("--noisy_gain=nan", "noisy_gain"),
     ("--out_dir=", "out_dir"),
     ("--loss=mse", "nelbo, ce"),
-    ("--optimizer=sgd", "muon, adamw"),
-    ("--lr_decay=linear", "cosine, constant"),
-    ("--preset=huge", "night"),
     ("--device=tpu", "device"),
     ("--dataset=nowhere", "prepare_data.py"),
     ("--dataset=puzzles --seq_len=12", "--seq_len=24"),
@@ -2659,62 +2602,42 @@ def test_train_refuses(toy_data, tmp_path, flags, word):
 
 def test_what_does_not_fit_the_checkpoint_is_refused(toy_data, finished, tmp_path):
     resume = "--resume", "--device=cpu", f"--out_dir={finished}", "--max_iters=9"
-    for flag in ("--n_head=4", "--noise=uniform", "--optimizer=adamw"):
+    for flag in ("--noise=uniform", "--optimizer=adamw"):
         assert "no flag changes" in refusal(train, *resume, flag)
     start = toy_flags(toy_data, tmp_path, f"--init_from={finished}/ckpt.pt --n_embd=32")
     assert "does not fit" in refusal(train, *start)
-    other = dict(kind="none", vocab_size=13)
-    write_data(tmp_path / "other", [1] * 99, [1] * 99, tokenizer=other)
+    write_data(tmp_path / "other", [1] * 99, [1] * 99, tokenizer={"kind": "char"})
     data = f"--data_dir={tmp_path}", "--dataset=other"
     assert "tokenizer" in refusal(train, *resume, *data)
-    assert "tokenizer" in refusal(train, *resume[1:3], *data, "--eval_only")
 
 
 def test_datasets_are_made_as_long_as_the_model(tmp_path, monkeypatch):
     def prepare(name, data_dir, seq_len):
-        write_data(Path(data_dir) / name, [1] * 99, [1] * 99, row_length=seq_len)
+        write_data(tmp_path / name, [1] * 99, [1] * 99, row_length=seq_len)
 
     monkeypatch.setattr(train, "prepare", prepare)
     args = train.Settings(dataset="math", data_dir=str(tmp_path))
-    data, _, meta = train.load_data(args, 33)
-    assert (meta["row_length"], data.shape) == (33, (3, 33))
+    data, *_ = train.load_data(args, 33)
+    assert data.shape == (3, 33)
 
 
-def values_of(*flags):
-    args, config = train.read_flags(flags)
-    return SimpleNamespace(**vars(args), **vars(config))
-
-
-def test_presets():
-    paper = values_of("--preset=paper")
-    assert (paper.n_layer, paper.n_embd, paper.seq_len, paper.ar) == (12, 768, 1024, "paper")
-    assert (paper.noise, paper.loss, paper.optimizer) == ("masked", "ce", "adamw")
-    uniform = values_of("--preset=paper", "--noise=uniform", "--beta2=0.9")  # as the authors' own
-    assert (uniform.loss, uniform.noise, uniform.beta2) == ("nelbo", "uniform", 0.9)
-    assert values_of("--preset=paper", "--noise=uniform", "--loss=ce").loss == "ce"
-    night = values_of("--preset=night")
-    tokens = night.max_iters * night.batch_size * night.seq_len
-    assert tokens == pytest.approx(1.3e9, rel=0.02)
-
-
-ON_GPU = [("", (9, 0), True), ("", (7, 5), False), ("--dtype=float32", (9, 0), False)]
-
-
-@pytest.mark.parametrize("flags, capability, bfloat16", ON_GPU)
-def test_preset_and_precision_fit_the_device(monkeypatch, flags, capability, bfloat16):
+def test_preset_and_precision_fit_the_device(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(train, "find_device", lambda name: gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # of a T4, too
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    args, config = train.read_flags(flags.split())
-    assert vars(args) | vars(config) | train.PRESETS["gpu"] == vars(args) | vars(config)
-    assert train.find_autocast(args, gpu)._enabled == bfloat16
-    assert train.has_bfloat16(gpu) == (capability >= (8, 0))
-    monkeypatch.undo()
-    cpu = train.read_flags(["--device=cpu"])
-    assert cpu == (train.Settings(device="cpu"), Config())
-    assert not train.has_bfloat16(torch.device("cpu"))
+    for capability in ((9, 0), (7, 5)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        args, config = train.read_flags([])
+        values = vars(args) | vars(config)
+        assert values | train.PRESETS["gpu"] == values
+        assert train.find_autocast(args, gpu)._enabled == (capability >= (8, 0))
+
+
+def test_flags_beat_presets():
+    args, config = train.read_flags(["--preset=paper", "--noise=uniform", "--beta2=0.9"])
+    assert (args.loss, args.t_min, args.beta2) == ("nelbo", 1e-3, 0.9)  # as the authors' own
+    assert config.n_layer == 12
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2735,7 +2658,7 @@ def slow_bpe(words, vocab_size):
 def test_bpe_merges_the_most_frequent_pair(monkeypatch):
     """... of the first SAMPLE characters."""
     rng = random.Random(0)
-    words = [" " + "".join(rng.choices("abn", k=rng.randrange(1, 9))) for _ in range(300)]
+    words = [" " + "".join(rng.choices("abn", k=5)) for _ in range(300)]
     text = "".join(words)
     monkeypatch.setattr(prepare_data, "SAMPLE", len(text))
     texts = [text[:50], text[50:] + " zz" * 999, " yy" * 999]
@@ -2755,8 +2678,7 @@ def test_bpe_says_any_text_and_learns_words():
     assert decode([269, 270]) == END  # 270 is a mask
     with pytest.raises(UserError, match="bpe:.*char") as error:
         make_tokenizer("bpe:9999", [text])
-    fewer = re.search(r"bpe:\d+", str(error.value))[0]
-    make_tokenizer(fewer, [text])
+    make_tokenizer(re.search(r"bpe:\d+", str(error.value))[0], [text])  # as it says
 
 
 def test_char_tokenizer_refuses_what_it_cannot_say():
@@ -2767,50 +2689,38 @@ def test_char_tokenizer_refuses_what_it_cannot_say():
     assert decode([0, 3, 4, 1]) == f"a{END}b"  # 4 is a mask
 
 
-def test_integers_have_no_text(tmp_path):
-    """Somebody's own arrays: wide integers, and the one key that is needed."""
-    np.arange(100_000, dtype=np.uint32).tofile(tmp_path / "train.bin")
-    np.arange(10, dtype=np.uint32).tofile(tmp_path / "val.bin")
-    own = {"vocab_size": 100_000, "dtype": "uint32"}
-    (tmp_path / "meta.json").write_text(json.dumps(own))
+def test_own_integers_have_no_text(tmp_path):
+    """Somebody's own arrays, with the one key that is needed."""
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    shutil.copy(tmp_path / "train.bin", tmp_path / "val.bin")
+    (tmp_path / "meta.json").write_text('{"vocab_size": 1000}')
     train, val, meta = open_data(tmp_path)
-    assert train[-1] == 99_999 and len(val) == 10
-    for function in load_tokenizer(meta["tokenizer"]):
-        with pytest.raises(UserError, match="integers"):
-            function([1])
-    with pytest.raises(UserError, match="val.jsonl"):
-        open_problems(tmp_path)
-    prepare_data.check_tokenizer(meta, meta)
-    other = {"tokenizer": {**meta["tokenizer"], "vocab_size": 7}}
-    with pytest.raises(UserError, match="another tokenizer"):
-        prepare_data.check_tokenizer(meta, other)
-    (tmp_path / "meta.json").write_text(json.dumps(own | {"vocab_size": 99_999}))
-    with pytest.raises(UserError, match="vocab_size"):
-        open_data(tmp_path)
-
-
-GPT2 = pytest.mark.skipif(
-    "TIKTOKEN_CACHE_DIR" not in os.environ,
-    reason="GPT-2's vocabulary is not at hand: TIKTOKEN_CACHE_DIR is not set",
-)
-
-
-@GPT2
-def test_gpt2_vocabulary(tmp_path):
-    path = tmp_path / "in.txt"
-    path.write_text("Hello world, how are you?\n" * 20)
-    meta = prepare("text", tmp_path, input=str(path), tokenizer="gpt2")
-    assert meta["vocab_size"] == 50257
+    assert train.tolist() == val.tolist() == list(range(1000))
     encode, decode = load_tokenizer(meta["tokenizer"])
+    for function in (encode, decode, lambda _: open_problems(tmp_path)):
+        with pytest.raises(UserError, match="integers|val.jsonl"):
+            function([1])
+    prepare_data.check_tokenizer(meta, meta)
+    with pytest.raises(UserError, match="another tokenizer"):
+        prepare_data.check_tokenizer(meta, {"tokenizer": {}})
+    for damaged in ('{"vocab_size": 999}', "{", "{}"):
+        (tmp_path / "meta.json").write_text(damaged)
+        with pytest.raises(UserError, match="damaged.*prepare_data.py"):
+            open_data(tmp_path)
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary")
+def test_gpt2_vocabulary():
+    encode, decode = load_tokenizer(make_tokenizer("gpt2", []))
     assert encode("Hello world") == [15496, 995]
     assert decode([50257, 15496, 50257, 995]) == "Hello world"  # [PAD] is dropped
 
 
-def write_tokenizer_json(path, size, lowercase=False):
-    """A byte-level tokenizer.json with an end token and so many tokens."""
+def write_tokenizer_json(path, lowercase=False):
+    """A byte-level tokenizer.json with 70,000 tokens, the last of which ends a text."""
     tokenizers = pytest.importorskip("tokenizers")
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    names = letters + [f"filler{i}" for i in range(size - len(letters) - 1)]
+    names = letters + [f"filler{i}" for i in range(69_999 - len(letters))]
     vocab = {name: i for i, name in enumerate(names)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -2825,21 +2735,18 @@ def write_tokenizer_json(path, size, lowercase=False):
 def test_tokenizer_json(tmp_path):
     """Any tokenizer of the package tokenizers; ids above 65,535 are written as uint32."""
     path = tmp_path / "tokenizer.json"
-    write_tokenizer_json(path, 70_000)
+    write_tokenizer_json(path)
     row = json.dumps({"question": f"Is {END} it?", "answer": "Yes ☃"})
     (tmp_path / "rows").write_text(row)
     files = dict(input=f"{tmp_path}/rows", test=f"{tmp_path}/rows", tokenizer=str(path))
-    meta = prepare("problems", tmp_path, **files, seq_len=40)
-    train, val, _ = open_data(tmp_path / "problems")
+    prepare("problems", tmp_path, **files, seq_len=40)
+    train, val, meta = open_data(tmp_path / "problems")
     assert train.dtype == np.uint32 and val.tolist() == train.tolist()
     encode, decode = load_tokenizer(meta["tokenizer"])
-    end = meta["tokenizer"]["end"]
-    assert end == 69_999 and decode([end, 70_000]) == END
-    question, answer = encode(f"Is {END} it?"), encode("Yes ☃")
-    row = [*question, end, *answer, end]
-    assert train.tolist() == row + [end] * (40 - len(row))
-    assert decode(answer) == "Yes ☃"
-    write_tokenizer_json(path, 300, lowercase=True)
+    row = [*encode(f"Is {END} it?"), 69_999, *encode("Yes ☃")]
+    assert train.tolist() == row + [69_999] * (40 - len(row))
+    assert decode([*encode("Yes ☃"), 69_999, 70_000]) == f"Yes ☃{END}"
+    write_tokenizer_json(path, lowercase=True)
     with pytest.raises(UserError, match="yes ☃"):  # the judge would call every answer wrong
         prepare("problems", tmp_path, **files)
 
@@ -2848,28 +2755,33 @@ def test_tokenizer_json(tmp_path):
 # Datasets
 
 
-def data_entropy(p):
+def entropy_of(tokens):
     """Nats."""
-    return -sum(x * math.log(x) for x in p if x)
+    shares = [n / len(tokens) for n in Counter(tokens).values()]
+    return pytest.approx(-sum(p * math.log(p) for p in shares))
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe:260"])
-def test_text_file_round_trip(tmp_path, kind, monkeypatch):
+def texts_of(folder):
+    """The documents of train and of val."""
+    *parts, meta = open_data(folder)
+    decode = load_tokenizer(meta["tokenizer"])[1]
+    return [decode(part.tolist()).split(END)[:-1] for part in parts]
+
+
+def test_text_file_round_trip(tmp_path, monkeypatch):
     """A text in pieces; a byte-order mark is no part of it."""
     monkeypatch.setattr(prepare_data, "PIECE", 700)
     text = "hello wörld\n" * 100
     (tmp_path / "in.txt").write_text(text, encoding="utf-8-sig")
-    meta = prepare("text", tmp_path, input=f"{tmp_path}/in.txt", tokenizer=kind, name="book")
+    meta = prepare("text", tmp_path, input=f"{tmp_path}/in.txt", tokenizer="char", name="book")
     train, val, read = open_data(tmp_path / "book")
     assert read == meta
     assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
-    decode = load_tokenizer(meta["tokenizer"])[1]
-    first, second = (decode(part.tolist()).split(END)[:-1] for part in (train, val))
+    first, second = texts_of(tmp_path / "book")
     assert first[0] + second[0] + first[1] + second[1] == text
     assert [len(part) for part in first] == [630, 450]
     assert meta["bytes_per_token"] == len("".join(second).encode()) / len(val)
-    share = np.bincount(val) / len(val)
-    assert meta["unigram_nats"] == pytest.approx(data_entropy(share))
+    assert meta["unigram_nats"] == entropy_of(val.tolist())
 
 
 def test_a_folder_of_documents(tmp_path, monkeypatch):
@@ -2880,23 +2792,14 @@ def test_a_folder_of_documents(tmp_path, monkeypatch):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "hidden.py").write_text(f'"""{"Nobody sees this. " * 3}"""')
     (tmp_path / "broken.py").write_text("def :")
-    (tmp_path / "short.py").write_text('"""Short."""')
     (tmp_path / "copy.py").write_text((tmp_path / "m00.py").read_text())
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert set(prepare_data.pydocs()) < set(prepare_data.pydocs(["tqdm", "nowhere"]))
     prepare("pydocs", tmp_path / "data", tokenizer="bpe:300")
-    *parts, meta = open_data(tmp_path / "data" / "pydocs")
-    decode = load_tokenizer(meta["tokenizer"])[1]
-    train, val = (decode(part.tolist()).split(END)[:-1] for part in parts)
-    joined = "".join(train + val)
-    assert joined.count("Module 0 has") == 1
-    assert len(re.findall("more than forty letters", joined)) == 40
-    assert "Nobody" not in joined
-    assert "Short." not in train + val
-    assert set(train).isdisjoint(val)
-    assert 0 < len(val) < len(train) / 5
-    held_out = [i for i in range(60) if prepare_data.part_of(i) == "val"]
-    assert held_out == [9, 39, 49, 51, 55]
+    train, val = texts_of(tmp_path / "data" / "pydocs")
+    assert sum("more than forty letters" in text for text in train + val) == 40
+    assert "Nobody" not in "".join(train + val)
+    assert set(train).isdisjoint(val) and 0 < len(val) < len(train) / 5
 
 
 class Hub:
@@ -2906,92 +2809,65 @@ class Hub:
         self.rows, self.error = rows, error
 
     def load_dataset(self, name, config, split, streaming):
-        self.asked = (name, config)
         yield from self.rows
         if self.error:
             raise self.error
 
 
-ROWS = [{"text": f"document {i} " * 5, "id": i} for i in range(300)]
-ROWS += [{"text": None}, {"text": ""}]
-
-
 def test_documents_are_streamed(tmp_path, monkeypatch):
     """... and at most --documents of them; those without a text are left out."""
-    hub = Hub(ROWS)
-    monkeypatch.setitem(sys.modules, "datasets", hub)
-    meta = prepare("fineweb", tmp_path, tokenizer="bpe:262")
-    assert hub.asked == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
-    train, val, _ = open_data(tmp_path / "fineweb")
-    decode = load_tokenizer(meta["tokenizer"])[1]
-    texts = [decode(part.tolist()).split(END)[:-1] for part in (train, val)]
-    assert sorted(texts[0] + texts[1]) == sorted(row["text"] for row in ROWS[:300])
-    capped = prepare("openwebtext", tmp_path, tokenizer="char", documents=20)
-    end = capped["tokenizer"]["end"]
-    assert sum((part == end).sum() for part in open_data(tmp_path / "openwebtext")[:2]) == 20
+    texts = [f"document {i} " * 5 for i in range(100, 400)]
+    rows = [{"text": text, "id": 0} for text in [None, "", *texts]]
+    monkeypatch.setitem(sys.modules, "datasets", Hub(rows))
+    prepare("fineweb", tmp_path, tokenizer="bpe:262")
+    assert sorted(sum(texts_of(tmp_path / "fineweb"), [])) == texts
+    prepare("openwebtext", tmp_path, tokenizer="char", documents=20)
+    assert len(sum(texts_of(tmp_path / "openwebtext"), [])) == 20
 
 
-@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt(), LookupError()])
+@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt("lost")])
 def test_what_came_of_a_lost_stream_is_a_dataset(tmp_path, monkeypatch, error):
-    rows = [{"question": f"{i}?", "code": f"return {i}", "more": 0} for i in range(100)]
+    rows = [{"question": f"{i}?", "code": f"return {i}"} for i in range(100)]
     monkeypatch.setitem(sys.modules, "datasets", Hub(rows, error))
-    expected = UserError if isinstance(error, RuntimeError) else type(error)
-    flags = dict(tokenizer="bpe:260", seq_len=20)
+    again = partial(prepare, "tinygsm", tmp_path, tokenizer="bpe:260", seq_len=20)
+    expected = (UserError, KeyboardInterrupt)
     with pytest.raises(expected):
-        prepare("tinygsm", tmp_path, **flags)  # lost while tokens are learned
-    assert not list(tmp_path.iterdir())
+        again()  # lost while tokens are learned
+    assert not os.listdir(tmp_path)
     monkeypatch.setattr(prepare_data, "SAMPLE", 100)
-    with pytest.raises(expected):
-        prepare("tinygsm", tmp_path, **flags)
-    train, val, meta = open_data(tmp_path / "tinygsm")
-    assert len(train) + len(val) == 100 * meta["row_length"] == 2000
+    with pytest.raises(expected, match="lost"):
+        again()
+    train, val, _ = open_data(tmp_path / "tinygsm")
+    assert len(train) + len(val) == 100 * 20
     assert os.listdir(tmp_path) == ["tinygsm"]
     with pytest.raises(UserError, match="--name"):  # days of work are not replaced
-        prepare("tinygsm", tmp_path, **flags)
-
-
-def prepare_text(folder, text, **more):
-    (folder / "in.txt").write_text(text)
-    return prepare("text", folder, input=f"{folder}/in.txt", tokenizer="char", **more)
+        again()
 
 
 def test_nothing_is_lost_by_replacing(tmp_path, monkeypatch):
     """A dataset is replaced by one of the same file, as a whole or not at all, through a link."""
+    path = tmp_path / "in.txt"
+    again = partial(prepare, "text", tmp_path, input=str(path), tokenizer="char")
     (tmp_path / "disk").mkdir()
     (tmp_path / "text").symlink_to(tmp_path / "disk")
-    prepare_text(tmp_path, "abc" * 100)
-    before = (tmp_path / "text" / "train.bin").read_bytes()
+    path.write_text("abc" * 100)
+    assert again()["val_tokens"] == 31
+    path.write_text("abc" * 200)
     with monkeypatch.context() as patch:
         patch.setattr("json.dump", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            prepare_text(tmp_path, "abc" * 200)
-    assert (tmp_path / "text" / "train.bin").read_bytes() == before
-    assert prepare_text(tmp_path, "abc" * 200)["val_tokens"] == 61
+            again()
+    assert len(open_data(tmp_path / "text")[1]) == 31
+    again()
     assert len(open_data(tmp_path / "disk")[1]) == 61
     assert set(os.listdir(tmp_path)) == {"text", "disk", "in.txt"}
-    (tmp_path / "other.txt").write_text("other")
-    for source in ({"source": "math"}, {"source": "text", "input": f"{tmp_path}/other.txt"}):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "book.txt").write_text("precious")
+    for name in ("text", "mine"):
+        before = os.listdir(tmp_path / name)
         with pytest.raises(UserError, match="--name"):
-            prepare(**source, data_dir=tmp_path, name="text")
-    (tmp_path / "math").mkdir()
-    (tmp_path / "math" / "book.txt").write_text("precious")
-    with pytest.raises(UserError, match="--name"):
-        prepare("math", tmp_path)
-    assert (tmp_path / "math" / "book.txt").read_text() == "precious"
-
-
-def test_damaged_datasets_are_refused(tmp_path):
-    folder = tmp_path / "text"
-    with pytest.raises(UserError, match="prepare_data.py"):
-        open_data(folder)
-    prepare_text(tmp_path, "abc" * 500)
-    with open(folder / "val.bin", "r+b") as file:
-        file.truncate(100)
-    with pytest.raises(UserError, match="damaged"):
-        open_data(folder)
-    (folder / "meta.json").write_text("{}")
-    with pytest.raises(UserError, match="damaged"):
-        open_data(folder)
+            prepare("math", tmp_path, name=name)
+        assert os.listdir(tmp_path / name) == before
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3000,72 +2876,63 @@ def test_damaged_datasets_are_refused(tmp_path):
 
 def wording_of(question):
     """A question without its numbers, names and things."""
-    names = "|".join(prepare_data.NAMES)
-    things = "|".join(prepare_data.THINGS)
-    return re.sub(rf"\d+|\b({names})\b|{things}", "_", question)
+    variable = "|".join(prepare_data.NAMES + prepare_data.THINGS)
+    return re.sub(rf"\d+|\b({variable})\b", "_", question)
 
 
-@pytest.mark.parametrize("difficulty", [2, 4, 8])
+@pytest.mark.parametrize("difficulty", [2, 8])
 def test_math_problems_are_right_and_disjoint(difficulty):
-    problems = list(math_problems(difficulty, 200, seed=1))
     sides = {"train": [], "val": []}
-    for part, problem in problems:
-        sides[part].append(problem)
-    assert (len(sides["train"]), len(sides["val"])) == (200, 10)
-    for question, program in sides["train"] + sides["val"]:
+    for part, (question, program) in math_problems(difficulty, 200, seed=1):
+        sides[part].append(question)
         variables = {}
         for line in program.splitlines()[1:-1]:
             exec(line.strip(), {}, variables)  # ours, so Python may
             assert all(x > 0 and x == int(x) for x in variables.values())
         assert variables["result"] == solve(program)
-        assert len(re.findall(r" [-+*/] ", program)) == difficulty
+    assert (len(sides["train"]), len(sides["val"])) == (200, 10)
     wordings, numbers = [], []
-    for part in sides.values():
-        wordings.append({wording_of(question) for question, _ in part})
-        numbers.append({tuple(re.findall(r"\d+", question)[:2]) for question, _ in part})
+    for questions in sides.values():
+        wordings.append({wording_of(question) for question in questions})
+        numbers.append({tuple(re.findall(r"\d+", question)[:2]) for question in questions})
     assert wordings[0].isdisjoint(wordings[1])
     assert numbers[0].isdisjoint(numbers[1])
-    assert problems == list(math_problems(difficulty, 200, seed=1))
-    assert problems != list(math_problems(difficulty, 200, seed=2))
 
 
 def test_rows_of_problems(tmp_path):
     """Question, end, program, ends; as tokens of the texts by themselves. Those that are too long
     are counted for each part, and stay problems for the judge."""
     meta = prepare("math", tmp_path, problems=400, seq_len=100, difficulty=3)
-    train, val, read = open_data(tmp_path / "math")
-    end, L = read["tokenizer"]["end"], read["row_length"]
-    assert L == 100 and read["vocab_size"] == 512
-    encode = load_tokenizer(read["tokenizer"])[0]
-    written, dropped = {"train": [], "val": []}, {"train": 0, "val": 0}
-    scored, n_bytes = [], 0
+    train, val, _ = open_data(tmp_path / "math")
+    end = meta["tokenizer"]["end"]
+    encode = load_tokenizer(meta["tokenizer"])[0]
+    written, dropped = {"train": [], "val": []}, Counter()
+    problems, scored = [], []
     for part, (question, program) in math_problems(3, 400, 0):
-        row = encode(question) + [end] + encode(program) + [end]
-        if len(row) > L:
+        answer = encode(program) + [end]
+        row = encode(question) + [end] + answer
+        if part == "val":
+            problems.append((question, program))
+        if len(row) > 100:
             dropped[part] += 1
             continue
-        written[part].append(row + [end] * (L - len(row)))
+        written[part] += row + [end] * (100 - len(row))
         if part == "val":
-            scored += encode(program) + [end]
-            n_bytes += len(program)
+            scored += answer
     assert 0 < meta["train_dropped"] == dropped["train"] < 400
     assert 0 < meta["val_dropped"] == dropped["val"] < 20
-    assert train.reshape(-1, L).tolist() == written["train"]
-    assert val.reshape(-1, L).tolist() == written["val"]
-    problems = [problem for part, problem in math_problems(3, 400, 0) if part == "val"]
+    assert train.tolist() == written["train"]
+    assert val.tolist() == written["val"]
     assert open_problems(tmp_path / "math") == problems
-    assert meta["bytes_per_token"] == n_bytes / len(scored)
-    assert val[is_answer(val.reshape(-1, L), end).ravel()].tolist() == scored
-    share = np.bincount(scored) / len(scored)
-    assert meta["unigram_nats"] == pytest.approx(data_entropy(share))
+    assert val[is_answer(val.reshape(-1, 100), end).ravel()].tolist() == scored
+    assert meta["bytes_per_token"] == meta["val_bytes"] / len(scored)
+    assert meta["unigram_nats"] == entropy_of(scored)
 
 
-def test_question_and_answer_as_a_model_knows_them():
-    encode, ours = (lambda text: [ord(x) for x in text]), {"end": 9}
-    assert prepare_data.encode_problem(ours, encode, "AB", "C") == ([65, 66, 9], [67, 9])
-    theirs = {"start": 8, "end": 9, "separator": "\\n"}
-    expected = ([8, 65, 66, ord("\\"), ord("n")], [9])
-    assert prepare_data.encode_problem(theirs, encode, "AB") == expected
+def test_a_problem_as_published_weights_know_it():
+    tokenizer = {"start": 8, "end": 9, "separator": "-"}
+    ids = prepare_data.encode_problem(tokenizer, lambda text: [*text.encode()], "AB", "C")
+    assert ids == ([8, 65, 66, 45], [67, 9])
 
 
 @pytest.mark.parametrize("library", [np.array, torch.tensor])
@@ -3088,77 +2955,56 @@ PROGRAMS = {
     "return 7": 7,
     "def simple_math_problem():\n    '''How many?'''\n    a = 2\n    return a + 1\n": 3,
     "def simple_math_problem() -> int:\n    import math\n    return math.ceil(3.1)": 4,
-    "return math.sqrt(16) + math.floor(3.9)": 7,
     "return 7 // 2 + 7 % 4 - 2 ** 3 + 1 / 4": -1.75,
     "x = 5\nx += 2\nx *= 3\nx -= 1\nx /= 4\nreturn -(-x)": 5,
     "return max(1, 5, 3) - min(2, 4) + abs(-3)": 6,
-    "return round(2.567, 1) + round(3.4) + int(9.7) + float(1)": 15.6,
-    "return 5\nreturn 6": 5,
+    "return round(2.567, 1) + round(3.4) + int(9.7) + float(1) + math.floor(3.9)": 18.6,
     "def simple_math_problem():\n    return 5\nprint(6)": 5,
-    "x = 3\nif x < 2 or x == 4:\n    x = 10\nelif x >= 3:\n    return 30\nreturn x": 30,
-    "x = 3\nif x > 2 and not x != 3:\n    x = 10\nelse:\n    x = 20\nreturn x": 10,
-    "return 1 if 2 <= 1 else 0.5": 0.5,
-    "return 9if 1else 2": 9,
+    "x = 3\nif x < 2:\n    x = 10\nelif x >= 3:\n    return 30\nreturn x": 30,
+    "x = 3\nif x != 3:\n    x = 10\nelse:\n    x = 20\nreturn x": 20,
+    "return 1 / 0 if 2 <= 1 else 0.5": 0.5,
     "x: int = 0\nfor i in range(2, 9, 3):\n    x += i\nreturn x": 15,
     "for i in range(9):\n  for j in range(9):\n    if i * j == 42:\n      return i + j": 13,
     "x = []\nfor i in [3, 1, 2]:\n    x.append(2 * i)\nreturn sum(x) + 10 * len(x) + x[-1]": 46,
-    "x = [1] + [2, 7]\nx += [True]\nreturn max(x) + min(x) + round(x[1])": 10,
     "s = 0\nfor day in range(365):\n    if day % 7 == 0:\n        s += day\nreturn s": 9646,
     "return sum(range(1001))": 500_500,
 }
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_programs(program):
-    assert solve(program) == PROGRAMS[program]
+def test_programs():
+    for program, value in PROGRAMS.items():
+        assert solve(program) == value, program
 
 
-LOOPS = "".join(" " * depth + "for i in x:\n" for depth in range(20)) + " " * 20 + "y = 1\n"
+LOOPS = "".join(" " * depth + "for i in x:\n" for depth in range(20)) + " " * 20
 NO_ANSWERS = [
     "",
     "no program at all",
     "x = 5\n",
     "return",
-    "return True",
-    "return 1 < 2",
     "return [1]",
     "return [[1]]",
     "return unknown",
     "return 1 / 0",
     "return 'five'",
-    "return 1j",
     "return (-8) ** 0.5",
     "return 1e999 - 1e999",
-    "return 1e31",
     "return 10 ** 10 ** 10",
-    "return 1 << 10 ** 9",
-    "return " + "9" * 1990,
     "def another_problem():\n    return 5",
-    "def simple_math_problem(x):\n    return 5",
     "def simple_math_problem():\n    return simple_math_problem()",
     "return ().__class__.__base__.__subclasses__()",
-    "return math.__loader__.load_module('os').system('true')",
     "return math.factorial(10 ** 9)",
-    "import os\nreturn 5",
-    "import math as m\nreturn 5",
     "return __import__('os')",
     "print(5)\nreturn 5",
     "return max([1, 2], key=abs)",
-    "return max(*[1, 2])",
     "return sum(i for i in range(9))",
-    "return (lambda: 5)()",
-    "x.y = 5\nreturn 5",
     "while True:\n    x = 1\nreturn 5",
     "return [0] * 10 ** 9",
     "return sum(range(10 ** 12))",
-    "for i in range(10 ** 9):\n    x = i\nreturn 5",
-    "x = range(1000)\n" + LOOPS,
-    "x = [1]\nfor i in x:\n    x.append(i)\nreturn 5",
+    "x = range(1000)\n" + LOOPS + "y = 1",
+    "x = range(1000)\n" + LOOPS + "'a text'",
     "x = [1]\nfor i in range(60):\n    x = x + x\nreturn 5",
-    "x = range(2000)\nfor i in x:\n    y = max(x)\nreturn 5",
-    "x = [1]\nx.append(x)\nreturn 5",
     "return " + "-" * 1500 + "1",
-    "return " + "1+" * 990 + "1",
     "return " + "abs(" * 600,
     "return (1)(2) is '\\d'",
     "\x00",
@@ -3168,18 +3014,15 @@ NO_ANSWERS = [
 
 
 @pytest.mark.parametrize("program", NO_ANSWERS, ids=range(len(NO_ANSWERS)))
-def test_no_answer(program, capfd):
-    """Hostile and broken programs: None, in little time and memory, without a word."""
+@pytest.mark.filterwarnings("error")
+def test_no_answer(program, monkeypatch, capfd):
+    """Hostile and broken programs: None, in few steps and little memory, without a word."""
+    evaluate = Mock(wraps=prepare_data.evaluate)
+    monkeypatch.setattr(prepare_data, "evaluate", evaluate)
     tracemalloc.start()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        assert solve(program) is None
-    peak = tracemalloc.get_traced_memory()[1]
+    assert solve(program) is None
+    assert tracemalloc.get_traced_memory()[1] < 2e7 and evaluate.call_count <= 5001
     tracemalloc.stop()
-    assert peak < 4e6
-    start = time.process_time()
-    solve(program)
-    assert time.process_time() - start < 0.5  # a tenth of that, on a machine that is not busy
     assert capfd.readouterr() == ("", "")
 
 
@@ -3201,12 +3044,9 @@ def test_is_right():
     assert is_right("#### 1.5", reference)
     assert is_right("return 1.5000000001", reference)
     assert not is_right("return 1.50001", reference)
-    assert not is_right("return None", reference)
-    assert not is_right("#### 1000001", "#### 1000000")
     assert is_right("return 0.1 + 0.2 - 0.3", "return 0")
     assert is_right(" C B A\n", "C B A")  # no number: the same text
     assert not is_right("C B", "C B A")
-    assert is_right("1234", "1234")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -3217,82 +3057,46 @@ def test_is_right():
 class Flags:
     word: Literal["a", "bc"] = "a"  # the first or the second
     size: int = 3 # 100% of it
-    rate: float = 0.5
     sizes: tuple = (1, 16)  # numbers
-    names: tuple = ("a",)  # words
     rates: tuple = ()  # numbers, if any
     on: bool = True  # yes
     off: bool = False  # no
     secret: int = 7  # is no flag
 
 
-exec("@dataclass\nclass OfNoFile:\n    path: str = 'here'  # where")
-
-
 def read_flags(*argv, **more):
-    return parse_flags("What it does.", Flags, OfNoFile, argv=argv, skip=("secret",), **more)
+    return parse_flags("What it does.", Flags, argv=argv, skip=("secret",), **more)
 
 
-def test_flags_have_the_types_of_their_defaults():
-    own = {**vars(Flags()), "path": "here"}
-    del own["secret"]
-    assert read_flags() == own
-    argv = "--word=bc --size=4 --rate=0.25 --sizes=2,3 --on=False --off --path=p"
-    argv += " --names=x,y --rates=1,0.5"
-    values = read_flags(*argv.split())
-    expected = dict(word="bc", size=4, rate=0.25, sizes=(2, 3), on=False, off=True, path="p")
-    assert values == {**expected, "names": ("x", "y"), "rates": (1.0, 0.5)}
-    assert prepare_data.from_values(OfNoFile, values) == OfNoFile("p")
-
-
-def test_defaults_of_flags_can_be_others(capsys):
-    values = read_flags("--size=4", defaults=dict(size=5, rate=0.1, unknown=1))
-    assert (values["size"], values["rate"]) == (4, 0.1)
-    with pytest.raises(SystemExit) as stop:
+def test_flags_have_the_types_of_their_defaults(capsys):
+    values = read_flags("--sizes=2,3", "--rates=1,0.5", "--on=False", "--off", defaults={"size": 5})
+    assert values == dict(word="a", size=5, sizes=(2, 3), rates=(1.0, 0.5), on=False, off=True)
+    assert prepare_data.from_values(Flags, values | {"more": 0}) == Flags(**values)
+    with pytest.raises(SystemExit):
         read_flags("--help", defaults=dict(size=5))
-    assert stop.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    for part in ("What it does.", "{a,bc}", "100% of it (default: 5)", "--path", "(1, 16)"):
+    for part in ("What it does.", "{a,bc}", "100% of it (default: 5)", "(1, 16)"):
         assert part in words
     assert "secret" not in words
-
-
-@pytest.mark.parametrize(
-    "flag, word",
-    [
-        ("--nonsense=1", "nonsense"),
-        ("--size=x", "size"),
-        ("--siz=4", "siz"),
-        ("--sizes=1,x", "sizes"),
-        ("--on=no", "true or false"),
-        ("--word=c", "bc"),
-        ("--secret=1", "secret"),
-        ("x", "x"),
-    ],
-)
-def test_flags_refuse(flag, word):
-    with pytest.raises(UserError, match=word):
-        read_flags(flag)
+    for flag in "--nonsense=1 --size=x --siz=4 --sizes=1,x --on=no --word=c --secret=1 x".split():
+        with pytest.raises(UserError, match=flag.partition("=")[0]):
+            read_flags(flag)
 
 
 @pytest.mark.parametrize(
     "flags, word",
     [
-        ("nonsense", "nonsense"),
         ("text", "--input"),
         ("text --input=nowhere", "nowhere"),
         ("text --input=DIR/utf16", "utf16 is not UTF-8"),
         ("text --input=DIR/empty --tokenizer=char", "too short"),
-        ("text --input=DIR/small --tokenizer=words", "bpe:SIZE"),
         ("text --input=DIR/small --tokenizer=bpe:200", "bpe:SIZE"),
         ("text --input=DIR/small --tokenizer=nowhere.json", "nowhere.json"),
         ("math --difficulty=9", "difficulty"),
         ("fineweb --documents=-1", "documents"),
         ("math --problems=400 --seq_len=10", "seq_len"),
         ("problems --input=DIR/good", "--test"),
-        ("problems --input=DIR/good --test=DIR/rows --tokenizer=char", "rows, line 2"),
-        ("problems --input=DIR/good --test=DIR/half --tokenizer=char", "half, line 1"),
-        ("problems --input=DIR/good --test=DIR/null --tokenizer=char", "null, line 1"),
+        ("problems --input=DIR/good --test=DIR/null --tokenizer=char", "null, line 2"),
         ("fineweb", "datasets"),
         ("shakespeare", "no network"),
     ],
@@ -3304,9 +3108,7 @@ def test_prepare_data_refuses(tmp_path, capsys, monkeypatch, flags, word):
     (tmp_path / "empty").write_text("")
     (tmp_path / "small").write_text("abcdefgh" * 4)
     (tmp_path / "good").write_text(row)
-    (tmp_path / "rows").write_text(f'{row}\n{{"question": "How?"}}')
-    (tmp_path / "half").write_text(json.dumps({"question": "\ud800", "answer": "5"}))
-    (tmp_path / "null").write_text(json.dumps({"question": "How?", "answer": None}))
+    (tmp_path / "null").write_text(f'{row}\n{{"question": "How?", "answer": null}}')
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **more: open("no network"))
     data = tmp_path / "data"
@@ -3319,21 +3121,11 @@ def test_prepare_data_refuses(tmp_path, capsys, monkeypatch, flags, word):
 
 
 def test_shakespeare_is_downloaded(tmp_path, monkeypatch, capsys):
-    reply = SimpleNamespace(read=lambda: b"To be, or not to be" * 50)
+    reply = io.BytesIO(b"To be, or not to be" * 50)
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **more: reply)
     call(prepare_data, "shakespeare", f"--data_dir={tmp_path}", "--tokenizer=char")
     out = capsys.readouterr().out
-    assert f"{tmp_path}/shakespeare" in out
-    assert "train_tokens: 856" in out and "val_tokens: 96" in out  # with end tokens
-
-
-@pytest.mark.parametrize("error", [ValueError("a bug"), ModuleNotFoundError(name="mymodule")])
-def test_a_bug_keeps_its_traceback(error):
-    def main():
-        raise error
-
-    with pytest.raises(type(error)):
-        prepare_data.run_script(main)
+    assert f"{tmp_path}/shakespeare" in out and "train_tokens: 856" in out  # one ends the text
 
 
 SCRIPT = """
@@ -3352,13 +3144,34 @@ prepare_data.run_script(main)
 """
 
 
-@pytest.mark.parametrize("chosen", [None, "7"])
-def test_a_script_in_a_terminal_that_knows_ascii(chosen):
-    """It prints what it can. OpenMP's threads do not spin for ever, if the user says nothing else:
-    that is set before torch is loaded."""
-    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    env |= {"GOMP_SPINCOUNT": chosen} if chosen else {}
-    env["PYTHONIOENCODING"] = "ascii"
+def test_a_script_in_a_terminal_that_knows_ascii():
+    """It prints what it can. OpenMP's threads do not spin for ever: that is set before torch is
+    loaded."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    env.pop("GOMP_SPINCOUNT", None)
     command = [sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
-    assert (run.returncode, run.stdout) == (130, f"{chosen or 5000}\n1 ? 2\n"), run.stderr
+    assert (run.returncode, run.stdout) == (130, "5000\n1 ? 2\n"), run.stderr
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("take\nanother"), "take another"),
+        (FileNotFoundError(2, "No such file", "x.txt"), "'x.txt'"),
+        (ModuleNotFoundError("none", name="datasets"), "pip install datasets"),
+        (ModuleNotFoundError("none", name="prepare_dta"), None),
+        (ValueError("too many values to unpack"), None),
+    ],
+    ids=str,
+)
+def test_what_users_can_mend_is_one_line_and_a_bug_a_traceback(capsys, error, line):
+    def main():
+        raise error
+
+    expected = type(error) if line is None else SystemExit
+    with pytest.raises(expected) as raised:
+        prepare_data.run_script(main)
+    if line:
+        assert raised.value.code == 2
+        assert line in capsys.readouterr().err
