@@ -291,7 +291,7 @@ def read_flags(argv=None):
     Raises UserError."""
     parse = partial(parse_flags, __doc__, Settings, Config, argv=argv, skip=["vocab_size"])
     defaults = find_defaults(parse())  # some flags decide on defaults of others
-    values = asdict(Config()) | parse(defaults=defaults)
+    values = parse(defaults=defaults)
     if not math.isfinite(values["noisy_gain"]):
         raise UserError("--noisy_gain must be finite")
     return from_values(Settings, values), from_values(Config, values)
