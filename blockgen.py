@@ -56,6 +56,14 @@ def check_choices(settings):
             raise UserError(f"{field.name} is {value}, but must be one of {names}")
 
 
+def check_at_least(settings, bound, *names):
+    """Raise UserError if one of these fields of a dataclass is below the bound, or NaN."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= bound:
+            raise UserError(f"{name} is {value}, but must be at least {bound}")
+
+
 # ----------------------------------------------------------------------------------------------
 # Noise: how tokens are corrupted, the bound on the likelihood, the step back
 
@@ -106,8 +114,8 @@ class Noise:
         self.mask = vocab_size if mask_share > 0 else None
         self.n_embeddings = vocab_size + (mask_share > 0)
         self.token_share = (1 - mask_share) / vocab_size  # the prior of each data token
-        tokens = torch.full((vocab_size,), self.token_share, dtype=torch.float64)
-        self.pi = F.pad(tokens, (0, 1), value=mask_share)[: self.n_embeddings]  # (K,) the prior
+        self.pi = torch.full((self.n_embeddings,), self.token_share, dtype=torch.float64)
+        self.pi[vocab_size:] = mask_share  # (K,) the prior
 
     def prior(self, shape, device=None, u=None):
         """Pure noise: tokens of this shape, by one uniform number u each."""
@@ -314,8 +322,8 @@ class Batch(NamedTuple):
     given: torch.Tensor  # (N, L) True where a token is neither noised nor scored
 
     def to(self, device):
-        x0, t, u, given = (x.to(device) for x in (self.x0, self.t, self.u, self.given))
-        return Batch(x0, self.block_size, t, u, given)
+        moved = Batch(*[x.to(device) for x in self])
+        return moved._replace(block_size=self.block_size)
 
 
 def is_single(block_size, length):

@@ -146,16 +146,12 @@ def attention_naive(q, k, v, view):
 # Attention in PyTorch, a tile of queries at a time
 
 
-def join(pieces):
-    """Pieces (..., T, D) one after the other; a single one is not copied."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
-
-
 @lru_cache(maxsize=4)  # all layers of a pass share them, and all passes under the same view
 def make_masks(view, device):
-    """What attention_torch does under a view: (how many keys it needs, the size of a tile, for each
-    tile of queries a pair). The pair is the list of the key tiles that it sees, and the boolean
-    mask (R, 1, tile, keys) of the scores against those, or None if it sees all of them."""
+    """What attention_torch does under a view: (size of a tile, a pair for each tile of queries).
+    The pair is the keys that any of the queries sees in any row, and which of them each one sees: a
+    boolean mask (R, 1, tile, keys), or None for all. The keys are a tensor of their numbers; or an
+    int, how many they are, where they are the first ones."""
     n_queries = view.prefix.shape[-1]
     n_keys = int(torch.maximum(view.prefix, view.end).max())
     seen = view.dense(n_keys).view(-1, n_queries, n_keys)  # (R, Q, T)
@@ -163,31 +159,30 @@ def make_masks(view, device):
     # Few queries are fastest as one tile. So is everything on a GPU that the kernels do not serve,
     # at the price of the whole matrix of scores.
     in_tiles = n_queries > 128 and device.type == "cpu"
-    tile = 64 if in_tiles else max(n_queries, n_keys)
-
-    # For each tile of queries, find the key tiles that any query of any row sees, and put their
-    # masks side by side.
+    tile = 64 if in_tiles else n_queries
     masks = []
-    for queries in seen.split(tile, 1):
-        key_tiles = queries.split(tile, 2)  # each (R, tile, tile)
-        tiles = [i for i, part in enumerate(key_tiles) if part.any()]
-        mask = torch.cat([key_tiles[i] for i in tiles], 2)  # (R, tile, keys)
+    for queries in seen.split(tile, 1):  # (R, tile, T)
+        keys = queries.any(1).any(0).nonzero()[:, 0]
+        mask = queries[:, :, keys]
         mask = None if mask.all() else mask[:, None].to(device)
-        masks.append((tiles, mask))
-    return n_keys, tile, masks
+        are_first = keys[-1] < len(keys)
+        masks.append((len(keys) if are_first else keys.to(device), mask))
+    return tile, masks
+
+
+def take(x, keys):
+    """The rows (N, H, keys, D) of x (N, H, T, D); the first ones are not copied."""
+    return x[:, :, :keys] if isinstance(keys, int) else x.index_select(2, keys)
 
 
 def attention_torch(q, k, v, view):
-    """block_attention in PyTorch: each tile of queries attends to the key tiles that it sees."""
-    n_keys, tile, masks = make_masks(view, q.device)
-    k_tiles = k[:, :, :n_keys].split(tile, 2)
-    v_tiles = v[:, :, :n_keys].split(tile, 2)
+    """block_attention in PyTorch: each tile of queries attends to the keys that it sees."""
+    tile, masks = make_masks(view, q.device)
     outputs = []
-    for q_tile, (tiles, mask) in zip(q.split(tile, 2), masks):
-        keys = join([k_tiles[i] for i in tiles])
-        values = join([v_tiles[i] for i in tiles])
-        outputs.append(F.scaled_dot_product_attention(q_tile, keys, values, mask))
-    return join(outputs)
+    for q_tile, (keys, mask) in zip(q.split(tile, 2), masks):
+        attend = F.scaled_dot_product_attention
+        outputs.append(attend(q_tile, take(k, keys), take(v, keys), mask))
+    return torch.cat(outputs, 2)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@
     python prepare_data.py tinygsm                       # likewise
 
 The first three need no network; --tokenizer=gpt2 does once, or its files in TIKTOKEN_CACHE_DIR. A
-file of problems has one JSON object per line, with "question" and "answer". Ctrl-C ends a download
-early: what came so far becomes the dataset.
+file of problems has one JSON object per line, with "question" and "answer". --documents=N ends a
+download early; if the connection is lost, what came becomes the dataset.
 
 Problems are rows of --seq_len tokens: the question, an end token, the answer, an end token, and
 more end tokens. open_data() says what the files hold, so that you can also make them yourself.
@@ -22,7 +22,6 @@ import ast
 import contextlib
 import functools
 import hashlib
-import heapq
 import importlib.util
 import inspect
 import itertools
@@ -37,8 +36,9 @@ import sys
 import sysconfig
 import urllib.request
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -46,20 +46,23 @@ from tqdm import tqdm
 
 # OpenMP reads this as torch is loaded, below: its threads wait without keeping the cores busy
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-from blockgen import UserError, check_choices, describe_tokenizer
+from blockgen import UserError, check_at_least, check_choices, describe_tokenizer
 
 END = "<|endoftext|>"  # how the token that ends a text is shown
+# A progress bar, from the third second on, where stderr is a terminal
+progress = functools.partial(tqdm, unit_scale=True, disable=None, delay=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sources. Each yields (part, document): part is train or val; a document is a text, or a problem,
+# which is a pair of texts, (question, answer)
+
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
-
-
-# A progress bar, from the third second on and where stderr is a terminal
-progress = functools.partial(tqdm, unit_scale=True, disable=None, delay=2)
-
-# ---------------------------------------------------------------------------------------------
-# Sources. Each yields (part, document): part is train or val, a document is a text or a problem,
-# which is a pair of texts, question and answer
+PACKAGES = ("torch", "sympy", "networkx", "numpy", "mpmath", "jinja2", "fsspec")
+SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+PIECE = 10_000_000  # characters of a file that are read at a time
 
 
 def docstrings(source):
@@ -71,32 +74,24 @@ def docstrings(source):
                 yield text
 
 
-SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
-
-
 def documentation(library):
     """The docstrings of every Python file below a folder."""
-    for folder, folders, files in os.walk(library):
-        folders[:] = sorted(set(folders) - SKIPPED)
-        for name in sorted(f for f in files if f.endswith(".py")):
+    for path in sorted(Path(library).rglob("*.py"), key=lambda path: (path.parent, path.name)):
+        if SKIPPED.isdisjoint(path.relative_to(library).parts):
             with contextlib.suppress(SyntaxError, ValueError):  # some are broken on purpose
-                with open(f"{folder}/{name}", encoding="utf-8") as file:
-                    yield from docstrings(file.read())
-
-
-PACKAGES = ("torch", "sympy", "networkx", "numpy", "mpmath", "jinja2", "fsspec")
+                yield from docstrings(path.read_text("utf-8"))
 
 
 def pydocs(packages=()):
-    """What every CPython carries: the help topics, then the docstrings of the standard library;
-    then those of the packages, where they are installed."""
+    """The help topics that every CPython carries, then the docstrings of its standard library and
+    of those of the packages that are installed; without repetitions."""
     from pydoc_data.topics import topics
 
     documents = [topics[name] for name in sorted(topics)]
     documents += documentation(sysconfig.get_path("stdlib"))
     for spec in map(importlib.util.find_spec, packages):
         documents += documentation(os.path.dirname(spec.origin)) if spec else []
-    return dict.fromkeys(documents)  # without repetitions
+    return dict.fromkeys(documents)
 
 
 def part_of(thing):
@@ -133,9 +128,6 @@ def open_text(path):
         raise UserError(f"{path} is not UTF-8: convert it, as iconv does") from None
 
 
-PIECE = 10_000_000  # characters
-
-
 def read_text(path):
     """The pieces of a text file, so that a file of any size fits into memory."""
     with open_text(path) as file:
@@ -152,26 +144,29 @@ def read_problems(part, path):
                 question, answer = problem["question"], problem["answer"]
                 if isinstance(answer, (int, float)):
                     answer = str(answer)
-                (question + answer).encode()  # an error if there is half a character
-            except (ValueError, TypeError, KeyError, AttributeError):
-                need = 'a JSON object with the texts "question" and "answer"'
-                raise UserError(f"{path}, line {number} must be {need}") from None
+                "".join([question, answer]).encode()  # fails for what is no text, or half a one
+            except (ValueError, TypeError, KeyError):
+                need = 'must be a JSON object with the texts "question" and "answer"'
+                raise UserError(f"{path}, line {number} {need}") from None
             yield part, (question, answer)
 
 
 def stream(name, *columns, config=None):
     """A dataset on the Hugging Face hub, while it is downloaded. One of its columns is a text, two
-    are a problem; rows that lack them are left out."""
+    are a problem; rows that lack them are left out. If the connection is lost, the stream ends."""
     from datasets import load_dataset
 
-    get = operator.itemgetter(*columns)
+    get, came = operator.itemgetter(*columns), False
     try:
         rows = load_dataset(name, config, split="train", streaming=True)
         for i, document in enumerate(map(get, rows)):
             if document and all(document):
                 yield part_of(i), document
+                came = True
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from error
+        if not came:
+            raise UserError(f"{name}: {error}") from error
+        print(f"the stream of {name} ended early: {error}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,17 +222,19 @@ def draw_wording(rng, operations):
 
 def fill_in(wording, rng):
     """With random names, things and numbers: the question and its program."""
-    names, people = rng.sample(NAMES, len(NAMES)), 2
-    things, sentences, lines = rng.choice(THINGS), [], ["def simple_math_problem():"]
+    names, known = rng.sample(NAMES, len(NAMES)), 2
+    things = rng.choice(THINGS)
+    sentences, lines = [], ["def simple_math_problem():"]
     for template in wording:
-        x, y = rng.sample(names[:people], 2)
+        x, y = rng.sample(names[:known], 2)
         numbers = dict(m=rng.randrange(20, 100), n=rng.randrange(2, 20), k=rng.randrange(2, 10))
-        filled = template.format(X=x, Y=y, Z=names[people], things=things, **numbers)
-        sentence, _, code = filled.partition(" | ")
+        filled = template.format(X=x, Y=y, Z=names[known], things=things, **numbers)
+        sentence, *code = filled.split(" | ")
         sentences.append(sentence)
-        lines += code.lower().split("; ") if code else []
-        people += "{Z}" in template
-    return " ".join(sentences), "\n    ".join([*lines, "return result"]) + "\n"
+        lines += code
+        known += "{Z}" in template
+    program = "; ".join([*lines, "return result"]).lower()
+    return " ".join(sentences), program.replace("; ", "\n    ") + "\n"
 
 
 def math_problems(operations, count, seed):
@@ -261,43 +258,24 @@ def math_problems(operations, count, seed):
 
 
 # ---------------------------------------------------------------------------------------------
-# Answers. Models write them, so no program is ever executed: we read its syntax tree, and know only
-# numbers, booleans and lists of numbers. Its length is bounded, and so is its work
+# Answers. Models write them, so no program is ever executed: we read its syntax tree. It knows only
+# numbers and lists of numbers; its length is bounded, and so is its work
 
 LONGEST, LARGEST = 2_000, 1e30  # characters of a program, absolute value of its answer
-STEPS_ALLOWED = 5_000  # visits to nodes of the tree
+STEPS_ALLOWED = 4_000  # visits to nodes of the tree, and elements of new lists
+# Operators by their names in ast, and the same in the module operator
+SYNTAX = "Add Sub Mult Div FloorDiv Mod Pow USub Lt LtE Gt GtE Eq NotEq Not".split()
+MEANING = "add sub mul truediv floordiv mod pow neg lt le gt ge eq ne not_".split()
+NAMED = (abs, min, max, sum, len, int, float, math.ceil, math.floor, math.sqrt)
 FUNCTIONS = {
-    "Add": operator.add,  # these have their names in ast
-    "Sub": operator.sub,
-    "Mult": operator.mul,
-    "Div": operator.truediv,
-    "FloorDiv": operator.floordiv,
-    "Mod": operator.mod,
-    "Pow": operator.pow,
-    "USub": operator.neg,
-    "Lt": operator.lt,
-    "LtE": operator.le,
-    "Gt": operator.gt,
-    "GtE": operator.ge,
-    "Eq": operator.eq,
-    "NotEq": operator.ne,
-    "Not": operator.not_,
+    **{name: getattr(operator, meaning) for name, meaning in zip(SYNTAX, MEANING)},
+    **{function.__name__: function for function in NAMED},
     "And": lambda *values: all(values),
     "Or": lambda *values: any(values),
     "List": lambda *values: list(values),
     "Subscript": lambda values, i: values[int(i)],
     "range": lambda *ends: range(*map(int, ends)),
-    "abs": abs,
-    "min": min,
-    "max": max,
-    "sum": sum,
-    "len": len,
-    "int": int,
-    "float": float,
     "round": lambda x, digits=0: round(x, int(digits)),
-    "math.ceil": math.ceil,
-    "math.floor": math.floor,
-    "math.sqrt": math.sqrt,
 }
 
 
@@ -309,35 +287,29 @@ def spend(steps, variables):
 
 
 def evaluate(node, variables):
-    """The value of an expression. All numbers are floats, so that none grows long and no power
-    takes time. Raises some Exception for what is not known here."""
+    """The value of an expression: a float, so that no number grows long and no power takes time, or
+    a list of floats. Raises some Exception for what is not known here."""
     spend(1, variables)
     children = ast.iter_child_nodes(node)
     operands = [child for child in children if isinstance(child, ast.expr)]
     match node:
-        case ast.Constant(value) if type(value) in (bool, int, float):
-            return value if type(value) is bool else float(value)
+        case ast.Constant(int() | float() as number):
+            return float(number)
         case ast.Name(name):
             return variables[name]
         case ast.IfExp(test, yes, no):
             return evaluate(yes if evaluate(test, variables) else no, variables)
-        case ast.Call(ast.Name(name), operands, []):
+        case ast.Call(ast.Name(name) | ast.Attribute(ast.Name("math"), name), operands, []):
             pass
-        case ast.Call(ast.Attribute(ast.Name("math"), name), operands, []):
-            name = f"math.{name}"
         case ast.Compare(_, [op]):
             name = type(op).__name__
         case _:
             name = type(getattr(node, "op", node)).__name__
-    function = FUNCTIONS[name]
-    values = [evaluate(operand, variables) for operand in operands]
-    value = function(*values)
-    # Work on ten elements of lists counts as a step.
-    lists = [x for x in [value, *values] if isinstance(x, (list, range))]
-    spend(sum(map(len, lists)) // 10, variables)
+    value = FUNCTIONS[name](*[evaluate(operand, variables) for operand in operands])
     if isinstance(value, (list, range)):
+        spend(len(value), variables)
         return [float(x) for x in value]
-    return value if type(value) is bool else float(value)
+    return float(value)
 
 
 def run(statements, variables):
@@ -346,9 +318,9 @@ def run(statements, variables):
     for statement in statements:
         spend(1, variables)
         match statement:
-            case ast.Import([ast.alias("math", None)]) | ast.Expr(ast.Constant(str())):
+            case ast.Import() | ast.Expr(ast.Constant()):
                 continue
-            case ast.FunctionDef("simple_math_problem", ast.arguments([], []), body):
+            case ast.FunctionDef("simple_math_problem", _, body):
                 yield from run(body, variables)
                 continue
             case ast.If(test, yes, no):
@@ -369,8 +341,8 @@ def run(statements, variables):
                 name = "return"
             case _:
                 raise ValueError(statement)
-        variables[name] = value = evaluate(value, variables)
-        yield name, value
+        variables[name] = evaluate(value, variables)
+        yield name, variables[name]
 
 
 # A number: sign, currency, thousands, decimals, percent; ** around it, a period behind it
@@ -381,8 +353,8 @@ def solve(text):
     """The number that an answer stands for, a float; None if it has none.
 
     An answer is a program, or has a line that ends in "#### 18", as in GSM8K. A number must be all
-    that stands there: "#### 3/4" and "#### 18 or 19" have none. Whatever a text says, this takes
-    milliseconds, prints nothing and touches nothing."""
+    that stands there: "#### 3/4" has none. Whatever a text says, this takes milliseconds, prints
+    nothing and touches nothing."""
     marked = re.findall("####(.*)", text)
     try:
         if marked:
@@ -390,12 +362,12 @@ def solve(text):
             parts = re.fullmatch(NUMBER, line.strip(), re.ASCII).groups("")
             value = float("".join(parts).replace(",", ""))
         else:
-            with warnings.catch_warnings():  # Python warns of odd programs
+            with warnings.catch_warnings():  # Python warns of such programs as 9if 1
                 warnings.simplefilter("ignore")
                 program = ast.parse(text if len(text) <= LONGEST else "")
             steps = run(program.body, {})
             value = next(value for name, value in steps if name == "return")
-        return value if abs(value) <= LARGEST and type(value) is float else None
+        return value if abs(value) <= LARGEST else None
     except Exception:  # wrong syntax, unknown, too deep, too large: no answer
         return None
 
@@ -403,9 +375,9 @@ def solve(text):
 def is_right(text, reference):
     """Whether an answer has the value of the reference; where that has no number, its text."""
     value, expected = solve(text), solve(reference)
-    if expected is None:
+    if None in (value, expected):
         return text.strip() == reference.strip()
-    return value is not None and math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-6)
+    return math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-6)
 
 
 def encode_problem(tokenizer, encode, question, answer=""):
@@ -441,15 +413,14 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SAMPLE = 20_000_000  # characters to learn tokens from
 
 
-def beginning(texts, n):
-    """The first n characters of some texts, joined."""
-    found = []
+def beginning(texts):
+    """The first SAMPLE characters of some texts, joined."""
+    joined = ""
     for text in texts:
-        found.append(text[:n])
-        n -= len(found[-1])
-        if not n:
+        joined += text
+        if len(joined) >= SAMPLE:
             break
-    return "".join(found)
+    return joined[:SAMPLE]
 
 
 def learn_bpe(text, vocab_size):
@@ -460,41 +431,29 @@ def learn_bpe(text, vocab_size):
     without enough pairs."""
     import regex  # comes with tiktoken
 
-    counts = Counter(match[0] for match in regex.finditer(WORDS, text))
     # Each character of a word is a token: a byte at first, and later chr(300) is that with id 300.
-    words = [word.encode().decode("latin-1") for word in counts]
-    occurrences = list(counts.values())
-    frequency, places = Counter(), defaultdict(set)
+    words = Counter(match[0] for match in regex.finditer(WORDS, text))
+    words = {word.encode().decode("latin-1"): n for word, n in words.items()}
+    frequency = Counter()
 
-    def count(i, sign):
-        for pair in map(operator.add, words[i], words[i][1:]):
-            frequency[pair] += sign * occurrences[i]
-            places[pair].add(i)
+    def count(word, n):
+        for pair in map(operator.add, word, word[1:]):
+            frequency[pair] += n
 
-    for i in range(len(words)):
-        count(i, +1)
-    heap = [(0, ""), *((-n, pair) for pair, n in frequency.items())]
-    heapq.heapify(heap)
+    for word, n in words.items():
+        count(word, n)
     tokens = [bytes([i]) for i in range(256)]
     for new in progress(range(256, vocab_size), desc="learning tokens"):
-        # Pairs can have become less frequent since they came into the heap.
-        while heap[0][0] != -frequency[heap[0][1]]:
-            stale = heap[0][1]
-            heapq.heapreplace(heap, (-frequency[stale], stale))
-        n, pair = heapq.heappop(heap)
-        if n > -2:
-            fewer = f"--tokenizer=bpe:{new + 1} or less, or char"
-            raise UserError(f"the text has too few words for so many tokens: take {fewer}")
+        most = max(frequency.values(), default=0)
+        if most < 2:
+            raise UserError(f"the text has too few words: take bpe:{new + 1} or less, or char")
+        pair = min(pair for pair, n in frequency.items() if n == most)
         # Write the new token for the pair wherever that stands, and count its new neighbors.
-        changed = places.pop(pair)
-        for i in changed:
-            count(i, -1)
-            words[i] = words[i].replace(pair, chr(new))
-            count(i, +1)
-        around = {p for i in changed for p in map(operator.add, words[i], words[i][1:])}
-        for p in around:
-            if chr(new) in p:
-                heapq.heappush(heap, (-frequency[p], p))
+        for word in [word for word in words if pair in word]:
+            merged = word.replace(pair, chr(new))
+            words[merged] = words.pop(word)
+            count(word, -words[merged])
+            count(merged, words[merged])
         tokens.append(b"".join(tokens[ord(part)] for part in pair))
     return tokens
 
@@ -511,13 +470,11 @@ def make_tokenizer(kind, texts):
     if kind == "char":
         tokens = [char.encode() for char in sorted(set().union(*texts))]
     elif size and 257 <= int(size[1]) <= 16384:
-        tokens = learn_bpe(beginning(texts, SAMPLE), int(size[1]) - 1)
+        tokens = learn_bpe(beginning(texts), int(size[1]) - 1)
     else:
-        kinds = "char, gpt2, PATH/tokenizer.json or bpe:SIZE with SIZE from 257 to 16384"
-        raise UserError(f"the tokenizer must be {kinds}, not {kind}")
-    end = len(tokens)
-    tokens = [token.hex() for token in tokens]
-    return {"kind": kind, "tokens": tokens, "vocab_size": end + 1, "end": end}
+        raise UserError("the tokenizer must be char, gpt2, PATH.json or bpe:257 to bpe:16384")
+    end, names = len(tokens), [token.hex() for token in tokens]
+    return {"kind": kind, "tokens": names, "vocab_size": end + 1, "end": end}
 
 
 def load_char(description):
@@ -525,10 +482,9 @@ def load_char(description):
     ids = {char: i for i, char in enumerate(chars)}
 
     def encode(text):
-        try:
-            return [ids[char] for char in text]
-        except KeyError as char:
-            raise UserError(f"the vocabulary has no {char}") from None
+        if unknown := set(text) - set(ids):
+            raise UserError(f"the vocabulary has no {min(unknown)!r}")
+        return [ids[char] for char in text]
 
     return encode, lambda tokens: "".join(chars[i] for i in tokens)
 
@@ -536,17 +492,13 @@ def load_char(description):
 def load_bpe(description):
     import tiktoken
 
-    ranks = {bytes.fromhex(token): i for i, token in enumerate(description["tokens"])}
-    special = {END: description["end"]}
-    bpe = tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+    if description["kind"] == "gpt2":
+        bpe = tiktoken.get_encoding("gpt2")
+    else:
+        ranks = {bytes.fromhex(token): i for i, token in enumerate(description["tokens"])}
+        special = {END: description["end"]}
+        bpe = tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
     return bpe.encode_ordinary, bpe.decode
-
-
-def load_gpt2(description):
-    import tiktoken
-
-    gpt2 = tiktoken.get_encoding("gpt2")
-    return gpt2.encode_ordinary, gpt2.decode
 
 
 def load_json(description):
@@ -564,19 +516,10 @@ def load_json(description):
 
 
 def load_none(description):
-    def refuse(_):
-        raise UserError("these data are integers, and no text")
-
-    return refuse, refuse
+    raise UserError("these data are integers, and no text")
 
 
-TOKENIZERS = {
-    "bpe": load_bpe,
-    "char": load_char,
-    "gpt2": load_gpt2,
-    "json": load_json,
-    "none": load_none,
-}
+TOKENIZERS = dict(bpe=load_bpe, char=load_char, gpt2=load_bpe, json=load_json, none=load_none)
 
 
 def load_tokenizer(description):
@@ -605,25 +548,18 @@ def open_data(folder):
     A dataset is a folder of train.bin and val.bin, bare arrays of integers, and meta.json:
         vocab_size       the ids are below it: all that somebody's own dataset needs
         dtype            numpy's name for the integers; else uint16
-        train_tokens     how many there are; else as many as the file has
-        val_tokens       likewise
         tokenizer        how to decode them; else no text is shown, and none is asked for
-        bytes_per_token  of the text in val.bin, for bits per byte
-        unigram_nats     entropy of the tokens in val.bin: what a model has to beat
+        val_bytes        bytes of the text that is scored in val.bin: for problems, the answers
+        bytes_per_token  of that text, for bits per byte
+        unigram_nats     entropy of its tokens: what a model has to beat
         row_length       for problems, tokens a row; tokenizer["end"] then ends question and answer
-        train_dropped    problems that were too long for a row
-        val_dropped      likewise
-        val_bytes        bytes of the text that is scored in val.bin
-        made_from        name of the source, or of a file
-    For problems bytes_per_token and unigram_nats are those of the answers, each with one end."""
-    parts = []
+        train_dropped    problems that were too long for a row; likewise val_dropped
+        made_from        name of the source, or of a file"""
     try:
-        with open(f"{folder}/meta.json", encoding="utf-8") as file:
-            meta = json.load(file)
+        meta = json.loads(Path(folder, "meta.json").read_text("utf-8"))
+        parts = []
         for part in ("train", "val"):
-            length = meta.get(f"{part}_tokens")
-            dtype = meta.get("dtype", "uint16")
-            tokens = np.memmap(f"{folder}/{part}.bin", dtype, "r", shape=length)
+            tokens = np.memmap(f"{folder}/{part}.bin", meta.get("dtype", "uint16"), "r")
             if tokens[:1_000_000].max() >= meta["vocab_size"]:
                 raise ValueError(f"{part}.bin has ids that are not below vocab_size")
             parts.append(tokens)
@@ -635,7 +571,7 @@ def open_data(folder):
 
 
 def open_problems(folder):
-    """The validation problems of a dataset, [(question, answer)], also those that are too long for
+    """The validation problems of a dataset, [(question, answer)], with those that are too long for
     a row. Raises UserError if it has none."""
     path = f"{folder}/val.jsonl"
     if not os.path.exists(path):
@@ -643,17 +579,12 @@ def open_problems(folder):
     return [problem for _, problem in read_problems("val", path)]
 
 
-def check_folder(folder, made_from, is_streamed):
-    """Raise UserError if a folder holds what nobody should lose: what is no dataset, a dataset made
-    from something else, or one that was streamed."""
-    try:
-        with open(f"{folder}/meta.json") as file:
-            precious = is_streamed or json.load(file).get("made_from", made_from) != made_from
-    except FileNotFoundError:
-        precious = os.path.exists(folder) and os.listdir(folder)
-    except ValueError:  # damaged
-        precious = False
-    if precious:
+def check_folder(folder, made_from):
+    """Raise UserError if a folder holds anything but a dataset that was made from the same."""
+    with contextlib.suppress(UserError):
+        if open_data(folder)[2].get("made_from") == made_from:
+            return
+    if os.path.exists(folder) and os.listdir(folder):
         raise UserError(f"{folder} holds something else: remove it, or choose another --name")
 
 
@@ -687,68 +618,50 @@ def make_row(meta, encode, decode, question, answer):
     return before + scored + scored[-1:] * room, scored
 
 
-def write_documents(folder, documents, meta, counts):
-    """Write the documents as they come, count in meta, and add to counts (V,) the tokens of val
-    that are scored. Problems that are too long for a row are dropped."""
+def write_rows(folder, documents, meta):
+    """Write the documents, and count in meta; returns {token: how often it is scored in val}."""
     encode, decode = load_tokenizer(meta["tokenizer"])
-    is_problem = "row_length" in meta
+    length, counts = meta.get("row_length"), Counter()
     bar = progress(desc="writing", unit=" tokens")
     for n, (part, document) in enumerate(documents, 1):
-        # All validation problems stay as texts, for the judge of any model.
-        question, answer = document if is_problem else ("", document)
+        question, answer = document if length else ("", document)
         row, scored = make_row(meta, encode, decode, question, answer)
-        if is_problem and part == "val":
+        # All validation problems stay as texts, for the judge of any model.
+        if length and part == "val":
             with open(f"{folder}/val.jsonl", "a") as file:
                 print(json.dumps(dict(question=question, answer=answer)), file=file)
-        if is_problem and len(row) > meta["row_length"]:
+        if length and len(row) > length:
             meta[f"{part}_dropped"] += 1
             continue
-        # What is written is counted afterwards, so that an interruption leaves a valid dataset.
         with open(f"{folder}/{part}.bin", "ab") as file:
             np.array(row, meta["dtype"]).tofile(file)
-        meta[f"{part}_tokens"] += len(row)
         if part == "val":
             meta["val_bytes"] += len(answer.encode())
-            counts += np.bincount(scored, minlength=len(counts))
+            counts.update(scored)
         bar.set_postfix(documents=n, refresh=False)
         bar.update(len(row))
     bar.close()
+    return counts
 
 
-def write_dataset(folder, documents, meta, is_streamed=False):
-    """Write all files; returns the completed meta. Whatever ends a stream early (a lost connection,
-    Ctrl-C) is raised only after what came has become a dataset."""
-    size, lost = meta["tokenizer"]["vocab_size"], None
-    meta |= dict(vocab_size=size, dtype="uint16" if size <= 1 << 16 else "uint32")
-    meta |= dict(train_tokens=0, val_tokens=0, val_bytes=0)
-    counts = np.zeros(size, np.int64)
-    # Of a stream we keep what came, whatever ended it.
-    with new_folder(folder) as temporary:
-        try:
-            write_documents(temporary, documents, meta, counts)
-        except BaseException as error:
-            if not is_streamed:
-                raise
-            lost = error
-        if not meta["train_tokens"] or not meta["val_bytes"]:
-            short = "too short: a part is empty; problems may need a larger --seq_len"
-            raise lost or UserError(short)
-        # What a model has to beat, and what makes bits per byte of nats per token.
-        p = counts[counts > 0] / counts.sum()
-        meta["bytes_per_token"] = meta["val_bytes"] / counts.sum()
-        meta["unigram_nats"] = -(p * np.log(p)).sum()  # their entropy
-        with open(f"{temporary}/meta.json", "w") as file:
-            json.dump(meta, file)
-    if lost:
-        print(f"{folder} holds what came so far", file=sys.stderr)
-        raise lost
-    return meta
+def write_dataset(folder, documents, meta):
+    """Write all files, and complete meta."""
+    size = meta["tokenizer"]["vocab_size"]
+    meta |= dict(vocab_size=size, dtype="uint16" if size <= 1 << 16 else "uint32", val_bytes=0)
+    counts = write_rows(folder, documents, meta)
+    if not os.path.exists(f"{folder}/train.bin") or not meta["val_bytes"]:
+        raise UserError("too short: a part is empty; problems may need a larger --seq_len")
+    # What makes bits per byte of nats per token, and the entropy, which a model has to beat.
+    meta["bytes_per_token"] = meta["val_bytes"] / counts.total()
+    p = np.array([*counts.values()]) / counts.total()
+    meta["unigram_nats"] = -(p * np.log(p)).sum()
+    Path(folder, "meta.json").write_text(json.dumps(meta))
 
 
 # ---------------------------------------------------------------------------------------------
 # The command line of all scripts: a flag is a field of a dataclass
 
-OPTIONAL = "datasets huggingface_hub matplotlib safetensors tiktoken tokenizers transformers"
+OPTIONAL = "datasets huggingface_hub safetensors tiktoken tokenizers transformers"
 
 
 def run_script(main):
@@ -783,18 +696,16 @@ def comments(settings):
 
 def parse_flags(description, *classes, argv=None, defaults={}, positional=None, skip=()):
     """{name: value} of the flags for the fields of dataclasses, but those in skip. The comment
-    behind a field is its help, a Literal names its choices. defaults: beat the fields' own. Raises
-    UserError."""
+    behind a field is its help, a Literal names its choices, the type of its default says how to
+    read it. defaults: beat the fields' own. Raises UserError."""
+    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=description, formatter_class=layout, allow_abbrev=False
     )
 
     def error(message):
         raise UserError(f"{message} (--help lists the flags)")
 
-    # Each field becomes a flag; the type of its default says how to read it.
     parser.error = error
     for settings in classes:
         notes = comments(settings)
@@ -814,22 +725,19 @@ def parse_flags(description, *classes, argv=None, defaults={}, positional=None, 
 def reader(default):
     """What makes a flag's text a value like the default: the type argument of argparse."""
 
-    def boolean(text):
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"must be true or false, not {text}")
-        return text.lower() == "true"
+    def true_or_false(text):
+        return bool(["false", "true"].index(text.lower()))  # ValueError for other words
 
     def comma_separated(text):
-        read = reader(default[0] if default else 0.0)
-        return tuple(read(part) for part in text.split(","))
+        kind = type(default[0]) if default else float
+        return tuple(map(kind, text.split(",")))
 
-    return {bool: boolean, tuple: comma_separated}.get(type(default), type(default))
+    return {bool: true_or_false, tuple: comma_separated}.get(type(default), type(default))
 
 
 def from_values(settings, values):
     """A dataclass from a dict that may hold more than its fields."""
-    names = {field.name for field in fields(settings)}
-    return settings(**{name: value for name, value in values.items() if name in names})
+    return settings(**{f.name: values[f.name] for f in fields(settings) if f.name in values})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -848,8 +756,7 @@ SOURCES = {
     "openwebtext": lambda s: stream("Skylion007/openwebtext", "text"),
     "tinygsm": lambda s: stream("TinyGSM/TinyGSM", "question", "code"),
 }
-STREAMED = ("fineweb", "openwebtext", "tinygsm")
-USUAL = {"math": "bpe:512", **dict.fromkeys(STREAMED, "gpt2")}  # tokenizers
+USUAL = {"math": "bpe:512", "fineweb": "gpt2", "openwebtext": "gpt2", "tinygsm": "gpt2"}
 
 
 @dataclass
@@ -868,38 +775,39 @@ class Settings:
 
     def __post_init__(self):
         check_choices(self)
-        if self.documents < 0:
-            raise UserError("documents must be at least 0")
+        check_at_least(self, 0, "documents")
 
 
 def prepare(source, data_dir="data", **settings):
-    """Make data_dir/source, or data_dir/name; returns its meta. Raises UserError, OSError, or
-    ModuleNotFoundError for an optional package."""
+    """Make data_dir/source, or data_dir/name, and print its figures; returns its meta. Raises
+    UserError, OSError, or ModuleNotFoundError for an optional package."""
     s = Settings(source, data_dir=data_dir, **settings)
-    folder = f"{data_dir}/{s.name or source}"
-    made_from, is_streamed = s.input or source, source in STREAMED
-    check_folder(folder, made_from, is_streamed)
+    folder, made_from = f"{data_dir}/{s.name or source}", s.input or source
+    check_folder(folder, made_from)
 
-    # Tokens are learned from the first documents, which tee keeps in memory to be written, too: a
-    # few for bpe, none for gpt2, all of them for char.
+    # Tokens are learned from the first documents (for char from all, for gpt2 from none); tee keeps
+    # these in memory, to be written, too.
     documents = itertools.islice(SOURCES[source](s), s.documents or None)
     documents, first = itertools.tee(documents)
-    kind = USUAL.get(source, "bpe:1024") if s.tokenizer == "auto" else s.tokenizer
     texts = ("".join(document) for _, document in progress(first, desc="reading"))
+    kind = USUAL.get(source, "bpe:1024") if s.tokenizer == "auto" else s.tokenizer
     meta = {"tokenizer": make_tokenizer(kind, texts), "made_from": made_from}
     del first, texts  # or all that follow would be kept, too
     if source in ("math", "problems", "tinygsm"):
         meta |= dict(row_length=s.seq_len, train_dropped=0, val_dropped=0)
-    return write_dataset(folder, documents, meta, is_streamed)
+    with new_folder(folder) as temporary:
+        write_dataset(temporary, documents, meta)
+
+    train, val, _ = open_data(folder)
+    print(f"{folder}: {len(train):,} tokens for training, {len(val):,} for validation")
+    for name, value in meta.items():
+        if name != "tokenizer":
+            print(f"{name:>20}: {value}")
+    return meta
 
 
 def main():
-    values = parse_flags(__doc__, Settings, positional="source")
-    meta = prepare(**values)
-    print(f"{values['data_dir']}/{values['name'] or values['source']}")
-    for name, value in meta.items():
-        if isinstance(value, (int, float)):
-            print(f"{name:>20}: {round(value, 3):,}")
+    prepare(**parse_flags(__doc__, Settings, positional="source"))
 
 
 if __name__ == "__main__":

@@ -28,36 +28,17 @@ from statistics import mean
 from typing import Literal
 
 # prepare_data comes first: it sets an option that torch reads when it is loaded
-from prepare_data import (
-    END,
-    encode_problem,
-    from_values,
-    is_right,
-    load_tokenizer,
-    open_data,
-    open_problems,
-    parse_flags,
-    run_script,
-    solve,
-)
+from prepare_data import END, encode_problem, is_right, load_tokenizer, open_problems, solve
+from prepare_data import from_values, parse_flags, run_script
 
 import torch
 import torch.nn.functional as F
 
-from blockgen import (
-    SCHEDULES,
-    UserError,
-    at_index,
-    check_choices,
-    cross_entropy,
-    draw,
-    find_device,
-    load_checkpoint,
-    random_numbers,
-)
+from blockgen import SCHEDULES, at_index, cross_entropy, draw, random_numbers
+from blockgen import UserError, check_at_least, check_choices, find_device, load_checkpoint
 
 # what a random number is for, a part of its key
-REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL, VERIFY, JUDGE = range(7)
+REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL, VERIFY = range(6)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -65,71 +46,63 @@ REVEAL, RENOISE, PRIOR, ACCEPT, RESIDUAL, VERIFY, JUDGE = range(7)
 
 
 @torch.no_grad()
-def generate(model, n, length, *, given=None, stop=-1, first_row=0, watch=None, **options):
+def generate(
+    model, n, length, *, given=None, stop=-1, first_row=0, watch=lambda *_: None, **options
+):
     """n sequences of `length` tokens by the sampler of the options: (tokens (n, length), stats).
+    stats: nfe, the number of network passes, and seconds. Raises UserError.
 
     given (n, length): tokens that stand already, -1 where free; anywhere, and different in each
     row. They are never noised. stop: a token that ends a row; the row is filled up with it. Rows
     count from first_row in the key of the random numbers. watch(run, xt, x, sent_back) is called
     after every step, with the block (N, n) before and after it, and what goes back to noise.
-    stats: nfe (network passes), tokens (written), seconds. Raises UserError.
 
-    The words of the code, for a row of 8 tokens, blocks of 4, stop = 9; the first is written:
+    For a row of 8 tokens and blocks of 4, stop = 9, when the first block is written:
 
         position    0  1  2  3    4  5  6  7
-        tokens      5  9  3  4    .  .  2  .
-        given       x  x  -  -    -  -  x  -     stands from the start
-        decided     x  x  x  x    -  -  x  -     given or written: final
-        free                      x  x  -  x     not decided, in the block at hand, 4 to 7
-        ends        -  -  -  -    -  -  -  -     a written 9 with nothing given behind it
+        given       5  9 -1 -1   -1 -1  2 -1
+        tokens      5  9  3  4   -1 -1  2 -1    -1: not decided
+        free                      x  x     x    not decided, in the block at hand, 4 to 7
 
     The 9 at position 1 was given, so it ends nothing; nor would one written at 4 or 5, before a
     given token. One written at 7 would end the row."""
     o = Options(**options)
     began = time.time()
     given = torch.full((n, length), -1) if given is None else given
-    run = Run(model, o, given.to(model.device), stop, first_row, watch)
-    while not run.decided.all():
+    run = Run(model, o, given.to(model.device), first_row, watch)
+    given_behind = (run.tokens >= 0).flip(1).cumsum(1).flip(1) > 0  # there or further on
+    while (run.tokens < 0).any():
         # Fill the next block, if something in it is free. A single token is the AR side's.
         run.next_block()
-        n_free = run.free().sum()
-        if n_free > 0:
+        if run.free().any():
             sampler = "ar" if run.end - run.begin == 1 else o.sampler
             FILL[sampler](run)
-            if run.free().sum() == n_free:
-                raise RuntimeError(f"the sampler {sampler} has decided no token of a block")
 
-        # A row that has ended needs nothing more.
-        run.decided |= run.ends().any(1, keepdim=True)
+        # Fill up the rows that have ended: they need nothing more.
+        if stop >= 0:
+            ends = (run.tokens == stop) & ~given_behind
+            run.tokens[ends.cumsum(1) > 0] = stop
 
         # The next block begins at the first token that some row lacks.
-        decided = ~run.free().any(0)  # (n,) in every row
-        run.begin += int(decided.cumprod(0).sum())
-
-    # Fill up what is behind the end of a row.
-    ends = run.ends()
-    ended = ends.cumsum(1) > ends  # after the first end token
-    tokens = run.tokens.masked_fill(ended, stop)
-    written = int((~run.given & ~ended).sum())
-    return tokens, dict(nfe=run.nfe, tokens=written, seconds=time.time() - began)
+        n_decided = int((~run.free()).all(0).cumprod(0).sum())
+        if n_decided == 0:
+            raise RuntimeError(f"the sampler {o.sampler} has not decided a block's first token")
+        run.begin += n_decided
+    return run.tokens, dict(nfe=run.nfe, seconds=time.time() - began)
 
 
 class Run:
-    """The state of one call of generate(): what is decided, and the block [begin, end) at hand."""
+    """The state of one call of generate(): the tokens, and the block [begin, end) at hand."""
 
-    def __init__(self, model, options, given, stop, first_row, watch):
-        n, length = given.shape
+    def __init__(self, model, options, given, first_row, watch):
         self.model, self.options = model, options
         self.block_size = 1 if options.sampler == "ar" else options.block_size
-        self.given = given >= 0  # (N, L)
-        self.decided = self.given.clone()  # (N, L) given or written
-        self.tokens = given.clamp(min=0)  # (N, L), final where decided, up to a row's end
-        self.stop = stop
-        self.rows = torch.arange(first_row, first_row + n)  # (N,)
-        self.watch = watch or (lambda *_: None)
-        self.begin = self.nfe = 0
-        self.window = 0  # where the context begins, and the cache with it
-        self.cache = model.new_cache(n, min(length, model.config.seq_len))
+        self.tokens = given.clone()  # (N, L) -1 where nothing is decided
+        self.rows = torch.arange(first_row, first_row + len(given))  # (N,)
+        self.watch = watch
+        # the context begins at `window`, and the cache with it
+        self.nfe = self.begin = self.window = 0
+        self.cache = model.new_cache(len(given))
 
     def next_block(self):
         """Choose the end of the block that begins at `begin`: it stays within the length and within
@@ -139,28 +112,33 @@ class Run:
         if self.begin == self.window + seq_len:
             self.window = self.begin - seq_len // 2
             self.cache = self.model.new_cache(len(self.rows))
-        limit = min(self.window + seq_len, self.tokens.shape[1])
-        self.end = min(self.begin + self.block_size, limit)
-        self.block = slice(self.begin, self.end)
+        self.end = min(self.begin + self.block_size, self.window + seq_len, self.tokens.shape[1])
+
+    def block(self):
+        """The tokens of the block, (N, n): a view, to read and to write."""
+        return self.tokens[:, self.begin : self.end]
 
     def free(self):
         """Where the block is not decided, (N, n)."""
-        return ~self.decided[:, self.block]
+        return self.block() < 0
+
+    def write(self, x, where):
+        """Decide the tokens of the block at these places (N, n): they are those of x (N, n)."""
+        self.block().copy_(torch.where(where, x, self.block()))
 
     def random(self, purpose, step=0):
         """A uniform number for each token of the block: float64 (N, n)."""
         key = self.options.seed, purpose, step, self.begin
-        u = random_numbers(key, self.rows, self.end - self.begin)
-        return u.to(self.tokens.device)
+        return random_numbers(key, self.rows, self.end - self.begin).to(self.tokens.device)
 
     def prior(self, purpose, step=0):
         """A block of pure noise: tokens (N, n)."""
         u = self.random(purpose, step)
-        return self.model.noise.prior(u.shape, u.device, u)
+        return self.model.noise.prior(u.shape, u=u)
 
     def noisy_block(self):
         """The tokens that are decided, noise between them: (N, n)."""
-        return torch.where(self.free(), self.prior(PRIOR), self.tokens[:, self.block])
+        return torch.where(self.free(), self.prior(PRIOR), self.block())
 
     def denoise(self, xt):
         """Logits (N, n, V) of the block xt (N, n). The same pass commits what stands before it."""
@@ -173,28 +151,17 @@ class Run:
         if not self.model.config.token_causal:
             raise UserError("this model's clean tokens are block-causal: its AR side has no cache")
         self.nfe += 1
-        noise = self.prior(VERIFY, step)  # read under ar="paper" alone
-        return self.model.verify(x, self.cache, noise).float()
+        # the noise is read under ar="paper" alone
+        return self.model.verify(x, self.cache, self.prior(VERIFY, step)).float()
 
     def law(self, logits):
         """What tokens are drawn from, (N, n, V): the model's distribution at the temperature, and
         of that the k likeliest tokens."""
         logits = logits / max(self.options.temperature, 1e-9)  # 0 is greedy
         if self.options.top_k:
-            top = logits.topk(min(self.options.top_k, logits.shape[-1]))
-            nothing = torch.full_like(logits, float("-inf"))
-            logits = nothing.scatter(-1, top.indices, top.values)
+            values, tokens = logits.topk(min(self.options.top_k, logits.shape[-1]))
+            logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, values)
         return logits.softmax(-1)
-
-    def write(self, x, where):
-        """Write the tokens x (N, n) of the block, which are final at these places (N, n)."""
-        self.tokens[:, self.block] = x
-        self.decided[:, self.block] |= where
-
-    def ends(self):
-        """(N, L) True at written end tokens after which nothing is given: those end a row."""
-        given_from_here = self.given.flip(1).cumsum(1).flip(1) > 0
-        return (self.tokens == self.stop) & self.decided & ~given_from_here
 
 
 # ----------------------------------------------------------------------------------------------
@@ -207,8 +174,8 @@ def fill_by_steps(run):
 
     Under ARPC (arXiv 2606.02241) all steps but the last are guided, or those that the options say:
     such a step goes all the way, to a proposal for the whole block, and sends the tokens that score
-    worst back to noise, as many as are noise at the next level. That is, of n tokens in the block
-    max(1, round((1 - alpha) n)); halves are rounded to the even number, by the authors down."""
+    worst back to noise, max(1, round((1 - alpha) n)) of n; halves are rounded to the even number,
+    by the authors down."""
     o, free = run.options, run.free()
     n = free.shape[1]
     steps = o.steps if n > 1 else 1
@@ -220,8 +187,7 @@ def fill_by_steps(run):
         guided = o.sampler == "arpc" and k in range(o.warmup, steps - 1, o.guide_every)
         alpha_s = 1.0 if guided else alpha[k + 1]
         logits = run.denoise(xt)
-        probs = run.law(logits)
-        x = run.model.noise.step(probs, xt, alpha_s, alpha[k], run.random(REVEAL, k))
+        x = run.model.noise.step(run.law(logits), xt, alpha_s, alpha[k], run.random(REVEAL, k))
         x = torch.where(free, x, xt)
 
         # Send the worst tokens of a proposal back to noise.
@@ -237,9 +203,8 @@ def fill_by_steps(run):
 
 def highest(score, free, count):
     """Where the `count` highest scores (N, n) of free positions are; all, if they are fewer."""
-    score = score.masked_fill(~free, float("-inf"))
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1)
+    score = score.where(free, -math.inf)
+    rank = score.argsort(descending=True, stable=True).argsort()
     return (rank < count) & free
 
 
@@ -247,13 +212,12 @@ def fill_by_confidence(run):
     """Each pass writes the tokens whose probability exceeds the threshold, at least the likeliest
     (SDAR, arXiv 2510.06303; Fast-dLLM). The probability is the model's own of the token drawn."""
     xt, k = run.noisy_block(), 0
-    while run.free().any():
-        free = run.free()
+    while (free := run.free()).any():
         logits = run.denoise(xt)
         x = draw(run.law(logits), run.random(REVEAL, k))
         confidence = at_index(logits.softmax(-1), x)  # (N, n)
-        sure = free & (confidence > run.options.threshold)
-        sure = sure | highest(confidence, free, 1)
+        sure = confidence > run.options.threshold
+        sure = free & sure | highest(confidence, free, 1)
         x = torch.where(sure, x, xt)
         run.watch(run, xt, x, torch.zeros_like(free))
         run.write(x, sure)
@@ -276,14 +240,13 @@ def fill_by_draft(run):
     p = run.law(run.verify(x))  # (N, n, V)
     ratio = at_index(p, x) / at_index(q, x)
     likely = run.random(ACCEPT) < ratio
-    accepted = (~free | likely).cumprod(1)  # (N, n) 1 up to the first rejection
-    n_accepted = accepted.sum(1, keepdim=True)  # (N, 1)
+    n_accepted = (~free | likely).cumprod(1).sum(1, keepdim=True)  # (N, 1)
 
     # In place of the first token that is rejected, draw from (p - q)+.
-    rejected = torch.arange(free.shape[1], device=x.device) == n_accepted  # (N, n)
+    place = torch.arange(free.shape[1], device=x.device)  # (n,)
     replacement = draw((p - q).clamp(min=0), run.random(RESIDUAL))
-    x = torch.where(rejected, replacement, x)
-    written = accepted.bool() | rejected
+    x = torch.where(place == n_accepted, replacement, x)
+    written = place <= n_accepted  # (N, n)
     run.watch(run, xt, x, ~written & free)
     run.write(x, written)
 
@@ -311,11 +274,11 @@ class Proposal:
     def __init__(self, run, x, xt, logits, step):
         self.run, self.x, self.step = run, x, step
         self.maybe_noise = run.model.noise.maybe_noise(xt)  # (N, n)
-        # With masked noise a token that was revealed before this step is sure on the diffusion
-        # side: the logarithm is 0 at x, and elsewhere so low that its exponential is 0.
-        point_mass = 1e4 * (F.one_hot(x, logits.shape[-1]) - 1.0)
-        predicted = logits.log_softmax(-1)
-        self.diffusion = torch.where(self.maybe_noise[..., None], predicted, point_mass)
+        # With masked noise a token that was revealed before this step is sure: its logarithm is 0,
+        # that of the others so low that its exponential is 0.
+        point_mass = 1e4 * F.one_hot(x, logits.shape[-1])
+        logits = torch.where(self.maybe_noise[..., None], logits, point_mass)
+        self.diffusion = logits.log_softmax(-1)
 
     @cached_property
     def ar(self):
@@ -323,22 +286,15 @@ class Proposal:
         return self.run.verify(self.x, self.step).log_softmax(-1)
 
 
-def ar_nll(proposal):
+def ar_nll(p):
     """-log p_AR(x), nats (N, n)."""
-    return -at_index(proposal.ar, proposal.x)
+    return -at_index(p.ar, p.x)
 
 
-def kld(proposal):
+def kld(p):
     """KL(AR || diffusion), nats (N, n). It would be infinite at revealed tokens, where the AR
     side's -log p_AR(x) takes its place. (By the authors' epsilon they go back before others.)"""
-    divergences = divergence(proposal.ar, proposal.diffusion)
-    return torch.where(proposal.maybe_noise, divergences, ar_nll(proposal))
-
-
-def margin(logp):
-    """How far the likeliest token is ahead of the second, from (..., V) to (...)."""
-    likeliest, second = logp.exp().topk(2, -1).values.unbind(-1)
-    return likeliest - second
+    return torch.where(p.maybe_noise, divergence(p.ar, p.diffusion), ar_nll(p))
 
 
 def divergence(logp, logq):
@@ -361,17 +317,10 @@ CRITERIA = {
     "ar_entropy": lambda p: entropy(p.ar),
     "diffusion_entropy": lambda p: entropy(p.diffusion),
     "diffusion_confidence": lambda p: -p.diffusion.amax(-1).exp(),
-    "diffusion_margin": lambda p: -margin(p.diffusion),
+    # how far the second token is behind the likeliest
+    "diffusion_margin": lambda p: p.diffusion.exp().topk(2).values.diff()[..., 0],
     "random": lambda p: p.run.random(ACCEPT, p.step),
 }
-
-
-def check_at_least(settings, bound, *names):
-    """Raise UserError where one of these fields of a dataclass is below the bound, or no number."""
-    for name in names:
-        value = getattr(settings, name)
-        if not value >= bound:
-            raise UserError(f"{name} is {value}, but must be at least {bound}")
 
 
 @dataclass
@@ -399,163 +348,114 @@ class Options:
 # Generative perplexity: how likely a judge finds a text
 
 
-def own_judge(model, content):
-    """The AR side of a checkpoint of ours, by its exact likelihood. (Under ar="paper" with random
-    tokens as noise it depends on those, and its average is a bound.)"""
-
-    def logits(x):
-        u = random_numbers((0, JUDGE, 0, 0), [0], x.shape[1]).to(x.device)
-        noise = model.noise.prior(x.shape, u=u)
-        return model.verify(x, model.new_cache(1), noise)[:, 1:]
-
-    tokenizer = content["meta"]["tokenizer"]
-    end = tokenizer["end"]
-    ends = tokenizer.get("start", end), end
-    return partial(read, logits, model, model.config.seq_len, ends, *load_tokenizer(tokenizer))
-
-
 def load_judge(path, device):
-    """A judge from the path of a checkpoint of ours, or else from a name or folder of a model for
-    the package transformers."""
-    if os.path.isfile(path) or path.endswith(".pt"):
-        return own_judge(*load_checkpoint(path, device))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """A function that says of a text (nats, the tokens and the bytes that they are for). path: a
+    checkpoint or published weights, whose AR side judges by its exact likelihood (under ar="paper"
+    with random noise by a bound); or the name or folder of a model for the package transformers.
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    longest = model.config.max_position_embeddings
-    return partial(read, lambda x: model(x).logits[:, :-1], model, longest, ends, encode, decode)
+    As in the literature (the authors' metrics.py) the judge tokenizes the text again and cuts it to
+    what it reads at a time; the first token is free of charge. began and ended: the judge reads its
+    own start token before the text, its end token after it. (Theirs goes on after the first end
+    token; our rows end there.)"""
+    of_transformers = os.path.exists(f"{path}/tokenizer_config.json")
+    if path.endswith(".pt") or os.path.exists(path) and not of_transformers:
+        model, content = load_checkpoint(path, device)
+        tokenizer = content["meta"]["tokenizer"]
+        encode, decode = load_tokenizer(tokenizer)
+        end = tokenizer["end"]
+        start = tokenizer.get("start", end)
+        longest = model.config.seq_len
 
+        def logits(x):
+            torch.manual_seed(0)  # of the noise that the AR side may need
+            return model.verify(x, model.new_cache(1))[:, 1:]
 
-@torch.no_grad()
-def read(logits, model, longest, ends, encode, decode, text, began, ended):
-    """What a judge finds of a text: (nats, the tokens and the bytes that they are for). A judge is
-    this function with all but the last three arguments: from tokens (1, L) to logits (1, L - 1, V)
-    of all but the first; the model behind that, and how many tokens it reads at a time; the tokens
-    that start and end a text; from text to tokens, and back.
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    As in the literature (the authors' metrics.py): the text is tokenized again by the judge, cut to
-    what that reads at a time, and its first token is free of charge. began and ended say whether
-    the sample has a start token before the text and an end token after it: the judge reads its own
-    ones there. (Theirs goes on after the first end token; our rows end there.)"""
-    start, end = ends
-    tokens = [start] * began + encode(text) + [end] * ended
-    x = torch.tensor([tokens[:longest]], device=model.device)
-    scored = x[:, 1:]
-    if scored.numel() == 0:
-        return 0.0, 0, 0
-    nats = cross_entropy(logits(x), scored).sum()
-    scored_text = decode([token for token in scored[0].tolist() if token != end])
-    return nats, scored.numel(), len(scored_text.encode())
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        longest = model.config.max_position_embeddings
+
+        def logits(x):
+            return model(x).logits[:, :-1]
+
+    @torch.no_grad()
+    def judge(text, began, ended):
+        tokens = [start] * began + encode(text) + [end] * ended
+        scored = tokens[1:longest]
+        x = torch.tensor([tokens[:longest]], device=device)
+        nats = cross_entropy(logits(x), x[:, 1:]).sum()
+        scored_text = decode([token for token in scored if token != end])
+        return nats, len(scored), len(scored_text.encode())
+
+    return judge
 
 
 # ----------------------------------------------------------------------------------------------
 # What is to be written, and how good it is
 
 
-def text_row(flags, tokenizer, encode):
-    """The tokens of --prompt or --template, -1 where free."""
+def find_problems(flags, content):
+    """The problems [(question, answer)] that the flags ask for; none if they ask for texts. A table
+    is of problems if the dataset is. Raises UserError."""
+    of_problems = flags.dataset or "row_length" in content["meta"]
+    if flags.prompt or flags.template or flags.problem < 0 and not (flags.table and of_problems):
+        return []
+    args = content["args"]
+    name = flags.dataset or args.get("dataset")
+    if not name:
+        raise UserError("this model has no dataset of its own: say --dataset=NAME")
+    problems = open_problems(f"{flags.data_dir or args.get('data_dir', 'data')}/{name}")
+    if flags.table:
+        return problems[: flags.num_samples]
+    if flags.problem >= len(problems):
+        raise UserError(f"--problem must be below {len(problems)}, the number of problems")
+    return [problems[flags.problem]] * flags.num_samples
+
+
+def begin_rows(flags, tokenizer, encode, problems):
+    """(rows, begins): the tokens that stand in each row, -1 where free, and where what counts
+    begins: behind a question, or behind the start token of a text."""
+    if problems:
+        rows = [encode_problem(tokenizer, encode, question)[0] for question, _ in problems]
+        return rows, [len(row) for row in rows]
     row = [tokenizer["start"]] if "start" in tokenizer else []
+    begin = len(row)
     # the parts of a template are in turn a text and the number of tokens of a hole
     parts = HOLE.split(flags.template) if flags.template else [flags.prompt]
     for i, part in enumerate(parts):
         row += [-1] * int(part) if i % 2 else encode(part)
-    return row
+    return [row] * flags.num_samples, [begin] * flags.num_samples
 
 
-def choose_problems(flags, content):
-    """The problems, (question, answer) texts, that the flags ask for; none if they ask for texts.
-    A table is of problems if the dataset is. Raises UserError."""
-    if flags.prompt or flags.template or not (flags.table or flags.problem >= 0):
-        return []
-    args = content["args"]
-    name = flags.dataset or args.get("dataset")
-    folder = f"{flags.data_dir or args.get('data_dir', 'data')}/{name}"
-    meta = open_data(folder)[2] if flags.dataset else content["meta"]
-    if flags.problem < 0 and "row_length" not in meta:
-        return []
-    if not name:
-        raise UserError("this model has no dataset of its own: say --dataset=NAME")
-    problems = open_problems(folder)
-    chosen = range(flags.num_samples) if flags.table else [flags.problem] * flags.num_samples
-    if max(chosen) >= len(problems):
-        raise UserError(f"there are {len(problems)} problems: 0 to {len(problems) - 1}")
-    return [problems[i] for i in chosen]
+def pad(rows, length):
+    """Rows (M, length), -1 behind what stands; too long ones cut. Raises UserError if all are."""
+    shortest = min(map(len, rows))
+    if shortest > length:
+        raise UserError(f"{shortest} tokens are given: say --length={shortest} or more")
+    return torch.tensor([(row + [-1] * length)[:length] for row in rows])
 
 
-class Task:
-    """What is to be written: answers to problems, or else texts. A question that does not fit is
-    cut and gets no answer, which is wrong."""
-
-    def __init__(self, flags, content):
-        tokenizer = content["meta"]["tokenizer"]
-        encode, self.decode = load_tokenizer(tokenizer)
-        self.stop = tokenizer["end"]
-        self.problems = choose_problems(flags, content)
-        length = flags.length or content["config"].seq_len
-        if self.problems:
-            rows = [encode_problem(tokenizer, encode, question)[0] for question, _ in self.problems]
-            self.begins = [len(row) for row in rows]  # where what counts begins
-            n_long = sum(begin >= length for begin in self.begins)
-            self.quality = "share solved"
-            self.heading = f"{len(rows)} problems, {n_long} too long and counted as wrong"
-        else:
-            row = text_row(flags, tokenizer, encode)
-            if flags.template and not flags.length:
-                length = len(row)
-            rows = [row] * flags.num_samples
-            self.begins = ["start" in tokenizer] * len(rows)
-            self.quality = "perplexity"
-            self.heading = f"{len(rows)} samples, judge: {flags.judge or 'its own AR side'}"
-        shortest = len(min(rows, key=len))
-        if shortest > length:
-            raise UserError(f"{shortest} tokens are given: say --length={shortest} or more")
-        padded = [(row + [-1] * length)[:length] for row in rows]
-        self.given = torch.tensor(padded)  # (M, length)
-
-    def what_counts(self, i, row):
-        """Of row i, a list of tokens, what counts: the answer or the text, prompt included, up to
-        and including its first end token."""
-        row = row[self.begins[i] :]
-        return row[: row.index(self.stop) + 1] if self.stop in row else row
-
-    def text(self, tokens):
-        return self.decode([token for token in tokens if token != self.stop])
-
-    def grade(self, i, row, judge):
-        """Of row i: (1 or 0, 1, 0) by the answer, or the nats of a text, with the tokens and the
-        bytes that they are for; and at last the entropy of the tokens, nats: low after a collapse.
-        """
-        tokens = self.what_counts(i, row)
-        text = self.text(tokens)
-        share = torch.tensor(tokens).unique(return_counts=True)[1] / len(tokens)
-        entropy = torch.special.entr(share).sum()
-        if self.problems:
-            return is_right(text, self.problems[i][1]), 1, 0, entropy
-        return *judge(text, self.begins[i], tokens[-1:] == [self.stop]), entropy
-
-    def show(self, i, row):
-        if not self.problems:
-            return self.text(row[self.begins[i] :])
-        answer = self.text(self.what_counts(i, row))
-        question, reference = self.problems[i]
-        verdict = "right" if is_right(answer, reference) else "wrong"
-        return f"{question}\n{answer}= {solve(answer)}, {verdict}"
-
-
-def in_batches(model, given, size, options):
-    """generate() for all rows of given, some at a time: yields (rows as lists, stats)."""
+def in_batches(model, given, begins, decode, size, options):
+    """generate() for all rows of given, some at a time. Yields (samples, stats); a sample is what
+    counts in a row, as tokens, its one end token included, and as text."""
+    end = options["stop"]
     for i, part in enumerate(given.split(size)):
         tokens, stats = generate(model, *part.shape, given=part, first_row=i * size, **options)
-        yield tokens.tolist(), stats
+        samples = []
+        for row, begin in zip(tokens.tolist(), begins[i * size :]):
+            row = row[begin:]
+            while row[-2:] == [end, end]:
+                row.pop()
+            samples.append((row, decode([token for token in row if token != end])))
+        yield samples, stats
 
 
-# ----------------------------------------------------------------------------------------------
-# Quality against passes
-
+# The samplers of a table
 GRID = [dict(sampler="ar"), dict(sampler="speculative")]
 GRID += [dict(sampler="ancestral", steps=k) for k in (1, 2, 4, 8, 16)]
 GRID += [dict(sampler="confidence", threshold=p) for p in (0.5, 0.9)]
@@ -566,64 +466,42 @@ GRID += [
 ]
 
 
-def print_table(model, task, judge, size, options):
-    """For every sampler of GRID: network passes per batch; the share of problems solved, or the
-    perplexity of the texts, with its standard error; the entropy of the tokens of a sample, mean
-    over samples; of texts bits per byte, too. Returns the curves of a plot, {name: [(passes,
-    quality, error), ...]}."""
-    print(f"sampler                       passes {task.quality:>11} ± s.e.   nats  bits/byte")
-    curves = {}
+def share_solved(problems, samples):
+    """The share of problems that are solved, and its standard error: a part of a line."""
+    right = [is_right(text, answer) for (_, text), (_, answer) in zip(samples, problems)]
+    share = mean(right)
+    error = math.sqrt(share * (1 - share) / len(right))
+    return f"{share:14.3f} {error:6.3f}"
+
+
+def text_quality(judge, tokenizer, samples):
+    """The same of texts: the perplexity and its standard error; the entropy of the tokens of a
+    sample, nats, mean over samples, low after a collapse; bits per byte."""
+    found = []
+    for tokens, text in samples:
+        share = torch.tensor(tokens).bincount() / len(tokens)
+        entropy = torch.special.entr(share).sum()
+        ended = tokenizer["end"] in tokens
+        found.append([*judge(text, "start" in tokenizer, ended), entropy])
+    nats, n_tokens, n_bytes, entropies = torch.tensor(found, dtype=torch.float64).T
+
+    # The error is that of a ratio of sums, to first order.
+    nats_a_token = nats.sum() / n_tokens.sum()
+    error = (nats - nats_a_token * n_tokens).norm() / n_tokens.sum()
+    perplexity = nats_a_token.exp()
+    bits = nats.sum() / n_bytes.sum() / math.log(2)
+    return f"{perplexity:14.3f} {perplexity * error:6.3f} {entropies.mean():6.2f} {bits:10.3f}"
+
+
+def print_table(write, options, quality):
+    """A line for every sampler: passes per batch, quality. write: in_batches() of some options."""
     for special in GRID:
-        # Sample and judge.
         samples, passes = [], []
-        for rows, stats in in_batches(model, task.given, size, {**options, **special}):
-            samples += rows
+        for batch, stats in write({**options, **special}):
+            samples += batch
             passes.append(stats["nfe"])
-        grades = [task.grade(i, row, judge) for i, row in enumerate(samples)]
-        values, weights, n_bytes, entropies = torch.tensor(grades, dtype=torch.float64).T
-
-        # The mean, and its standard error as that of a ratio of sums, to first order.
-        quality = values.sum() / weights.sum()
-        error = (values - quality * weights).norm() / weights.sum()
-        bits = "-"
-        if not task.problems:
-            bits = f"{values.sum() / n_bytes.sum() / math.log(2):.3f}"
-            quality = quality.exp()
-            error = error * quality
-
-        point = mean(passes), quality.item(), error.item()
-        figures = "{:7.1f} {:11.3f} {:6.3f}".format(*point)
         name = " ".join(map(str, special.values()))
-        print(f"{name:28} {figures} {entropies.mean():6.2f} {bits:>10}", flush=True)
-        label = name.rstrip("0123456789. ")  # without the number of steps, or the threshold
-        curves.setdefault(label, []).append(point)
-    return curves
-
-
-def check_plot(path):
-    """Raise UserError if a picture cannot be written: better before the work than after it."""
-    import matplotlib  # if it is missing, the user hears it now
-
-    folder = os.path.dirname(path) or "."
-    if not os.access(folder, os.W_OK) or not path.endswith((".png", ".pdf", ".svg")):
-        raise UserError(f"--plot={path} must be .png, .pdf or .svg, in a folder to write to")
-
-
-def plot(panels, path):
-    """A picture of panels (title, name of the quality, curves), side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((4 * len(panels), 4))  # small, so that the letters are large
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, quality, curves) in zip(axes, panels):
-        for label, points in curves.items():
-            passes, y, error = zip(*points)
-            axis.errorbar(passes, y, error, marker="o", label=label)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")  # 16 instead of 2^4
-        axis.set(title=title, xlabel="network passes", ylabel=quality)
-    axis.legend(bbox_to_anchor=(1, 1))  # beside the last panel, for all
-    figure.savefig(path, dpi=160, bbox_inches="tight")
+        print(f"{name:28} {mean(passes):7.1f} {quality(samples)}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -634,7 +512,7 @@ HOLE = re.compile(r"\[([1-9]\d*) tokens?\]")
 
 @dataclass
 class Flags:
-    ckpt: tuple = ("out/ckpt.pt",)  # checkpoint or folder of published weights; for a table several
+    ckpt: str = "out/ckpt.pt"  # checkpoint, or a folder of published weights
     num_samples: int = 1  # how many samples
     batch_size: int = 32  # how many samples at a time
     length: int = 0  # tokens of a sample, prompt included; 0: the seq_len of the model
@@ -647,17 +525,14 @@ class Flags:
     watch: bool = False  # show every step
     table: bool = False  # no samples, but quality against passes for every sampler
     judge: str = ""  # table of texts: a checkpoint, or a model for transformers such as gpt2-large
-    plot: str = ""  # a table, and a picture of it in this file (needs matplotlib)
 
     def __post_init__(self):
         check_at_least(self, 1, "num_samples", "batch_size")
-        check_at_least(self, 0, "length")
-        chosen = [self.prompt, self.template, self.problem >= 0]
-        if sum(map(bool, chosen)) > 1:
+        chosen = bool(self.prompt) + bool(self.template) + (self.problem >= 0)
+        if chosen > 1:
             raise UserError("--prompt, --template and --problem exclude each other")
         if self.template and not HOLE.search(self.template):
             raise UserError('--template needs a hole, "[1 token]" or "[2 tokens]" and so on')
-        self.table |= self.plot != ""
 
 
 def make_watcher(decode, color):
@@ -667,48 +542,64 @@ def make_watcher(decode, color):
     bright, red = ("\033[1;97m{}\033[0m", "\033[9;31m{}\033[0m") if color else ("+{}+", "-{}-")
 
     def watch(run, xt, x, sent_back):
-        words = []
+        line = ""
         for old, token, is_back in zip(xt[0].tolist(), x[0].tolist(), sent_back[0]):
-            is_mask = token == run.model.noise.mask
-            text = "_" if is_mask else decode([token]).replace("\n", "⏎").replace(END, "∎")
+            text = decode([token]) or "_"  # nothing is left of a mask
             style = red if is_back else bright if token != old else "{}"
-            words.append(style.format(text))
-        print(f"{run.nfe:4} {run.begin:4} | {''.join(words)}", flush=True)
+            line += style.format(text.replace("\n", "⏎").replace(END, "∎"))
+        print(f"{run.nfe:4} {run.begin:4} | {line}")
 
     return watch
 
 
-def sample(path, flags, options):
-    """What the flags ask of one checkpoint. Of a table, returns a panel of a plot: (title, name of
-    the quality, curves)."""
-    device = find_device(flags.device)
-    model, content = load_checkpoint(path, device)
-    task = Task(flags, content)
-    options["stop"] = task.stop
-    if flags.table:
-        run_name = os.path.basename(path.removesuffix("/ckpt.pt"))
-        title = f"{run_name}: {model.config.noise} noise"
-        judge = load_judge(flags.judge, device) if flags.judge else own_judge(model, content)
-        print(f"\n{title}, {task.heading}")
-        return title, task.quality, print_table(model, task, judge, flags.batch_size, options)
-
-    if flags.watch:
-        options["watch"] = make_watcher(task.decode, sys.stdout.isatty())
-    for rows, stats in in_batches(model, task.given, flags.batch_size, options):
-        for i, row in enumerate(rows):  # all of the same problem or prompt
-            print(task.show(i, row), "-" * 80, sep="\n")
-        print(", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
+def print_samples(write, options, problems):
+    """Every sample: a text, or the answer to a problem, the same for all."""
+    for samples, stats in write(options):
+        for _, text in samples:
+            if problems:
+                question, reference = problems[0]
+                verdict = "right" if is_right(text, reference) else "wrong"
+                text = f"{question}\n{text}= {solve(text)}, {verdict}"
+            print(f"{text}\n" + "-" * 80)
+        print(f"nfe {stats['nfe']}, seconds {stats['seconds']:.1f}")
 
 
 def main():
     values = parse_flags(__doc__, Flags, Options)
     flags = from_values(Flags, values)
     options = vars(from_values(Options, values))
-    if flags.plot:
-        check_plot(flags.plot)
-    panels = [sample(path, flags, options) for path in flags.ckpt]
-    if flags.plot:
-        plot(panels, flags.plot)
+    device = find_device(flags.device)
+    model, content = load_checkpoint(flags.ckpt, device)
+    tokenizer = content["meta"]["tokenizer"]
+    encode, decode = load_tokenizer(tokenizer)
+    options["stop"] = tokenizer.get("end", -1)
+
+    # Choose what is to be written.
+    problems = find_problems(flags, content)
+    if flags.judge and problems:
+        raise UserError("--judge is for texts: an answer is right or wrong")
+    rows, begins = begin_rows(flags, tokenizer, encode, problems)
+    usual = len(rows[0]) if flags.template else model.config.seq_len
+    given = pad(rows, flags.length or usual)
+    write = partial(in_batches, model, given, begins, decode, flags.batch_size)
+
+    # Write it.
+    if not flags.table:
+        if flags.watch:
+            options["watch"] = make_watcher(decode, sys.stdout.isatty())
+        return print_samples(write, options, problems)
+    print(f"{flags.ckpt}: {model.config.noise} noise, {len(rows)} samples")
+    if problems:
+        n_long = sum(begin >= given.shape[1] for begin in begins)
+        print(f"of problems, {n_long} of them too long and counted as wrong")
+        print("sampler                       passes   share solved ± s.e.")
+        quality = partial(share_solved, problems)
+    else:
+        print(f"of texts, judge: {flags.judge or 'its own AR side'}")
+        judge = load_judge(flags.judge or flags.ckpt, device)
+        print("sampler                       passes     perplexity ± s.e.   nats  bits/byte")
+        quality = partial(text_quality, judge, tokenizer)
+    print_table(write, options, quality)
 
 
 if __name__ == "__main__":

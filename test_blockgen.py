@@ -5,14 +5,11 @@ enumerate; and that the scripts do what their users expect.
 """
 import copy
 import fcntl
-import io
-import itertools
 import json
 import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -24,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on CPU tensors
 
@@ -37,32 +34,12 @@ import kernels
 import sample
 import train
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from blockgen import (
-    Batch,
-    BlockGen,
-    Config,
-    NOISES,
-    SCHEDULES,
-    UserError,
-    draw,
-    random_numbers,
-    read_checkpoint,
-)
-from prepare_data import (
-    END,
-    is_answer,
-    is_question,
-    is_right,
-    load_tokenizer,
-    make_tokenizer,
-    math_problems,
-    open_data,
-    open_problems,
-    parse_flags,
-    prepare,
-    solve,
-)
+from blockgen import Batch, BlockGen, Config, NOISES, SCHEDULES, UserError
+from blockgen import draw, random_numbers, read_checkpoint
+from prepare_data import END, is_answer, is_question, is_right, load_tokenizer, make_tokenizer
+from prepare_data import math_problems, open_data, open_problems, parse_flags, prepare, solve
 from sample import CRITERIA, FILL, generate
 
 torch.set_num_threads(1)  # faster for models of this size
@@ -71,33 +48,18 @@ DOUBLE = torch.float64
 
 BOTH = pytest.mark.parametrize("ar", ["paper", "shift"])
 EACH_NOISE = pytest.mark.parametrize("noise", ["masked", "uniform", "hybrid30"])
-EACH_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES)
-EACH_AR_AND_CACHE = pytest.mark.parametrize(
-    "token_causal, ar",
-    [
-        (True, "paper"),
-        (False, "paper"),
-        (True, "shift"),
-    ],
-)
+AR_AND_CACHE = [(True, "paper"), (False, "paper"), (True, "shift")]
+EACH_AR_AND_CACHE = pytest.mark.parametrize("token_causal, ar", AR_AND_CACHE)
 
 
 def tiny(noise="masked", seed=0, **more):
     """A small model with weights large enough that everything matters."""
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=11,
-        seq_len=21,
-        n_layer=2,
-        n_head=2,
-        n_embd=16,
-        noise=noise,
-        noisy_gain=0.7,
-    )
-    model = BlockGen(Config(**{**settings, **more})).eval()
+    shape = dict(vocab_size=11, seq_len=21, n_layer=2, n_head=2, n_embd=16, noisy_gain=0.7)
+    model = BlockGen(Config(noise=noise, **shape | more)).eval()
     for p in model.parameters():
         if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.3)
+            nn.init.normal_(p, std=0.3)
         else:
             p.data.add_(0.1 * torch.randn_like(p))
     return model
@@ -128,16 +90,11 @@ def is_uniform(u, bins):
     return fits(counts, torch.full((bins,), 1 / bins))
 
 
-class NanCache(blockgen.Cache):
-    """Its slots hold NaN until they are written, so that no read too far goes unseen."""
-
-    def __init__(self, kv, state):
-        super().__init__(torch.full_like(kv, math.nan), state)
-
-
 @pytest.fixture
 def nan_cache(monkeypatch):
-    monkeypatch.setattr(blockgen, "Cache", NanCache)
+    """The slots of a cache hold NaN until they are written, so that no read too far goes unseen."""
+    cache = blockgen.Cache
+    monkeypatch.setattr(blockgen, "Cache", lambda kv, state: cache(kv * math.nan, state))
 
 
 NAN_CACHE = pytest.mark.usefixtures("nan_cache")
@@ -161,16 +118,11 @@ def refusal(module, *flags):
     return message
 
 
-# ----------------------------------------------------------------------------------------------
-# blockgen.py: random numbers
-
-
 def test_random_numbers_depend_on_key_and_row_alone():
     u = random_numbers((3, 0), torch.arange(5), 1000)
-    assert (u.shape, u.dtype) == ((5, 1000), DOUBLE)
     assert is_uniform(u, 20)
     assert torch.equal(u[[1, 1, 4]], random_numbers((3, 0), [1, 1, 4], 1000))
-    for key in ((4, 0), (3, 1), (0, 3), (3, 0, 2), (9 * 10**18, 0)):
+    for key in ((4, 0), (3, 1)):
         assert not torch.equal(u, random_numbers(key, torch.arange(5), 1000))
 
 
@@ -179,11 +131,8 @@ def test_draw_is_the_inverse_cdf_far_into_the_tail():
     below_one = 1 - 2**-53
     u = torch.linspace(0, below_one, 1001, dtype=DOUBLE)
     x = draw(probs.expand(1001, 6), u)
-    assert set(x.tolist()) <= {1, 2, 4}
-    assert (x == 1).sum() == pytest.approx(500, abs=1)
-    edge = 0.5 / (1 + 1e-8)
-    in_the_tail = torch.tensor(edge + 0.5e-8, dtype=DOUBLE)
-    assert draw(probs, in_the_tail) == 2  # float32 sampling would miss it
+    counts = x.bincount(minlength=6)
+    assert counts.tolist() == [0, 500, 1, 0, 500, 0]  # float32 sampling would miss the one
 
 
 # ----------------------------------------------------------------------------------------------
@@ -194,8 +143,8 @@ V, n = 3, 3
 
 def every_sequence(size):
     """All sequences of n tokens, (size^n, n)."""
-    tokens = itertools.product(range(size), repeat=n)
-    return torch.tensor(list(tokens))
+    tokens = [torch.arange(size)] * n
+    return torch.cartesian_prod(*tokens)
 
 
 STATES = every_sequence(V)
@@ -209,9 +158,9 @@ def random_distribution(seed=0):
 
 def pure_noise_law(noise):
     """The prior, (K,)."""
-    tokens = [(1 - noise.mask_share) / noise.vocab_size] * noise.vocab_size
-    law = tokens + [noise.mask_share] * (noise.mask is not None)
-    return torch.tensor(law, dtype=DOUBLE)
+    size, share = noise.vocab_size, noise.mask_share
+    law = [(1 - share) / size] * size + [share]
+    return torch.tensor(law[: noise.n_embeddings], dtype=DOUBLE)
 
 
 def likelihood(noise, x0, xt, alpha):
@@ -220,120 +169,69 @@ def likelihood(noise, x0, xt, alpha):
 
 
 def token_law(weight, i):
-    """p(x_i = v), (M, V), if the sequences of STATES have weights (M, V^n). Of what cannot be:
-    anything."""
+    """p(x_i = v), (M, V), if STATES have weights (M, V^n). If all of these are 0: anything."""
     law = weight @ F.one_hot(STATES[:, i], V).double()
     law = law / law.sum(-1, keepdim=True)
     return law.nan_to_num(1 / V)
 
 
-def begins_like(x0, length):
-    """Which of STATES begin with the first `length` tokens of x0 (M, n): (M, V^n)."""
-    same = STATES[:, :length] == x0[:, None, :length]
-    return same.all(-1).double()
-
-
-def exact_denoiser(noise, p, xt, alpha, x0=None, block_size=n, leave_one_out=True):
+def exact_denoiser(noise, p, x0, xt, alpha, block_size=n):
     """p(x0_i = v | the clean x0 before the block, the noisy block without position i), (M, n, V),
-    for xt (M, n), alpha a number or (M, n). Or, wrongly for random tokens, with position i."""
-    x0 = xt if x0 is None else x0
-    alpha = torch.as_tensor(alpha, dtype=DOUBLE)
-    alpha = alpha.expand(xt.shape)[:, None]
-    each = likelihood(noise, STATES, xt[:, None], alpha)  # (M, V^n, n)
+    for x0 and xt (M, n). alpha: a number or (n,)."""
     laws = []
     for i in range(n):
         begin = i // block_size * block_size
-        end = min(begin + block_size, n)
-        seen = [j for j in range(begin, end) if j != i or not leave_one_out]
-        weight = p * begins_like(x0, begin) * each[:, :, seen].prod(-1)
-        laws.append(token_law(weight, i))
+        clean = torch.arange(n) < begin
+        tokens = torch.where(clean, x0, xt)
+        survival = torch.where(clean, 1.0, alpha)
+        each = likelihood(noise, STATES, tokens[:, None], survival)  # (M, V^n, n)
+        seen = [j for j in range(n) if j < begin + block_size and j != i]
+        laws.append(token_law(p * each[:, :, seen].prod(-1), i))
     return torch.stack(laws, 1)
 
 
-class ExactLoss(BlockGen):
-    """BlockGen's loss, but the exact denoiser of p in place of the network. Its logits come in
-    `dtype`."""
+def exact_predictions(noise, p, alpha):
+    """The exact denoiser of p for BlockGen.predictions: its hidden states are logits."""
 
-    def __init__(self, noise, p, schedule="linear", dtype=DOUBLE, leave_one_out=True):
-        shape = dict(vocab_size=V, seq_len=n, n_head=1, n_embd=2)
-        super().__init__(Config(**shape, noise=noise, schedule=schedule, ar="paper"))
-        self.to(dtype)
-        self.p, self.dtype = p, dtype
-        self.leave_one_out = leave_one_out
-
-    def forward(self, batch):
-        alpha, _ = SCHEDULES[self.config.schedule](batch.t)
-        self.alpha = torch.where(batch.given, 1.0, alpha)  # a given token is sure to be clean
-        return super().forward(batch)
-
-    def predictions(self, x0, xt, block_size):
-        inputs = xt, self.alpha, x0, int(block_size[0]), self.leave_one_out
-        probs = exact_denoiser(self.noise, self.p, *inputs)
-        logits = probs.log().to(self.dtype)
+    def predictions(x0, xt, block_size):
+        probs = exact_denoiser(noise, p, x0, xt, alpha, int(block_size[0]))
+        logits = probs.log().float()
         return logits, logits
 
-    def output_weight(self):
-        return torch.eye(V, dtype=self.dtype)
+    return predictions
 
 
 def corruptions(noise, alpha):
     """Everything that can happen to n tokens: uniform numbers that bring it about, (C, n), and its
     probability (C,)."""
-    law = pure_noise_law(noise)
-    middle = (law.cumsum(0) - law / 2)[law > 0]
-    survival = alpha[None]
-    u = torch.cat([survival / 2, alpha + (1 - alpha) * middle])
-    chance = torch.cat([survival, (1 - alpha) * law[law > 0]])
-    outcomes = every_sequence(len(u))
-    return u[outcomes], chance[outcomes].prod(-1)
-
-
-NOTHING = (False,) * n  # is given
+    law = torch.cat([alpha[None], (1 - alpha) * pure_noise_law(noise)])  # survival, then each noise
+    law = law[law > 0]
+    middle = law.cumsum(0) - law / 2
+    outcomes = every_sequence(len(law))
+    return middle[outcomes], law[outcomes].prod(-1)
 
 
 @torch.no_grad()
-def expected_nelbo(model, x0, block_size=n, given=NOTHING, t_min=1e-9, points=40):
-    """The mean of the training pass, nats (M, n) for x0 (M, n): over the noise by enumeration, over
-    t in [t_min, 1] by Gauss-Legendre in log t."""
-    schedule = SCHEDULES[model.config.schedule]
-    nodes, weights = np.polynomial.legendre.leggauss(points)
-    mean = torch.zeros(x0.shape, dtype=DOUBLE)
-    for node, weight in zip(nodes, weights):
+def expected_loss(config, p, block_size, given):
+    """The mean of the training pass of the exact denoiser, nats (V^n, n) for each of STATES: over
+    the noise by enumeration, over t in [1e-6, 1], as in evaluation, by Gauss-Legendre in log t."""
+    model = BlockGen(config)
+    model.output_weight = lambda: torch.eye(V)
+    mean, t_min = 0, 1e-6
+    for node, weight in zip(*np.polynomial.legendre.leggauss(30)):
         t = torch.tensor(t_min ** ((node + 1) / 2), dtype=DOUBLE)
-        u, chance = corruptions(model.noise, schedule(t)[0])
-        rows = x0.repeat_interleave(len(u), 0)  # (M C, n)
-        sizes = torch.full((len(rows),), block_size)
-        is_given = torch.tensor(given).expand(rows.shape)
-        batch = Batch(rows, sizes, t.expand(rows.shape), u.repeat(len(x0), 1), is_given)
-        losses = model(batch).unflatten(0, (len(x0), -1))  # (M, C, n)
+        alpha, _ = SCHEDULES[config.schedule](t)
+        survival = torch.where(given, 1.0, alpha)
+        model.predictions = exact_predictions(model.noise, p, survival)
+        u, chance = corruptions(model.noise, alpha)
+        x0 = STATES.repeat_interleave(len(u), 0)  # (V^n C, n)
+        sizes = torch.full((len(x0),), block_size)
+        u = u.repeat(len(STATES), 1)
+        losses = model(Batch(x0, sizes, t.expand(x0.shape), u, given.expand(x0.shape)))
+        losses = losses.unflatten(0, (len(STATES), -1))  # (V^n, C, n)
         dt = -math.log(t_min) * t * weight / 2
-        mean += dt * (chance[:, None] * losses).sum(1)
+        mean = mean + dt * (chance[:, None] * losses).sum(1)
     return mean / (1 - t_min)
-
-
-def wrong_derivative(alpha):
-    """A schedule with another slope than its own."""
-    return lambda t: (alpha(t)[0], 0.5 * alpha(t)[1] - t)
-
-
-@EACH_SCHEDULE
-@EACH_NOISE
-def test_nelbo_of_the_exact_denoiser_is_the_likelihood(noise, schedule, monkeypatch):
-    """-log p(x) for every sequence, and so the entropy on average."""
-    p = random_distribution()
-    nelbo = expected_nelbo(ExactLoss(noise, p, schedule), STATES)
-    assert close(nelbo.sum(1), -p.log(), 2e-4)
-
-    # The test has teeth: with random tokens, p(x0 | xt) is far off; so is a wrong derivative.
-    entropy = -(p * p.log()).sum()
-    if noise != "masked":
-        model = ExactLoss(noise, p, schedule, leave_one_out=False)
-        wrong = expected_nelbo(model, STATES)
-        assert p @ wrong.sum(1) > entropy + 0.01
-    alpha = SCHEDULES[schedule]
-    monkeypatch.setitem(SCHEDULES, schedule, wrong_derivative(alpha))
-    wrong = expected_nelbo(ExactLoss(noise, p, schedule), STATES)
-    assert abs(p @ wrong.sum(1) - entropy) > 0.01
 
 
 def log_marginal(p, columns):
@@ -350,156 +248,117 @@ def log_conditional(p, block_size, given):
     for begin in range(0, n, block_size):
         end = min(begin + block_size, n)
         known = [i for i in range(end) if i < begin or given[i]]
-        total += log_marginal(p, list(range(end)))
-        total -= log_marginal(p, known)
+        total += log_marginal(p, list(range(end))) - log_marginal(p, known)
     return total
 
 
-@pytest.mark.parametrize("block_size, pattern", [(1, "g__"), (2, "_g_"), (3, "g_g"), (2, "___")])
+CASES = [("linear", 3, "___"), ("cosine", 3, "___"), ("linear", 2, "___")]
+CASES += [("linear", 1, "g__"), ("cosine", 2, "_g_"), ("linear", 3, "g_g")]
+
+
+@pytest.mark.parametrize("schedule, block_size, pattern", CASES)
 @EACH_NOISE
-def test_nelbo_of_an_answer_is_its_likelihood_given_the_question(noise, pattern, block_size):
-    """-log p(free | given) for every sequence; given tokens cost nothing."""
-    given = tuple(c == "g" for c in pattern)
+def test_nelbo_of_the_exact_denoiser_is_the_likelihood(noise, schedule, block_size, pattern):
+    """-log p(free | given) for every sequence, short of what t < 1e-6 would add; given tokens cost
+    nothing."""
+    given = torch.tensor([letter == "g" for letter in pattern])
     p = random_distribution(1)
-    model = ExactLoss(noise, p)
-    nelbo = expected_nelbo(model, STATES, block_size, given)
+    shape = dict(vocab_size=V, seq_len=n, n_head=1, n_embd=2)
+    config = Config(noise=noise, schedule=schedule, ar="paper", **shape)
+    loss = expected_loss(config, p, block_size, given)
     truth = -log_conditional(p, block_size, given)
-    assert close(nelbo.sum(1), truth, 2e-4)
-    assert (nelbo[:, torch.tensor(given)] == 0).all()
-
-
-@EACH_SCHEDULE
-@EACH_NOISE
-def test_what_is_printed_is_a_bound(noise, schedule):
-    """In the precision of evaluation, float64 noise levels and float32 logits, t from 1e-6 on
-    misses less of the truth than is printed. From 1e-3 on, as in training, it is no bound."""
-    p = random_distribution()
-    model = ExactLoss(noise, p, schedule, dtype=torch.float32)
-
-    def missing(t_min):
-        """What leaving out t < t_min takes from the figure, nats a token."""
-        nelbo = expected_nelbo(model, STATES, t_min=t_min, points=60)
-        entropy = -(p * p.log()).sum()
-        return (entropy - p @ nelbo.sum(1)) / n
-
-    assert abs(missing(1e-6)) < 1e-4
-    if noise == "uniform":
-        assert missing(1e-3) > 1e-3
+    assert close(loss.sum(1), truth, 5e-4)
+    assert (loss[:, given] == 0).all()
 
 
 @pytest.mark.parametrize("alpha", [1e-5, 1e-3, 0.3, 0.99])
-def test_uniform_nelbo_equals_its_formula(alpha):
-    """As UDLM and Duo write it, for alpha' = -1; in float32 it stays accurate."""
+@EACH_NOISE
+def test_the_bound_is_accurate_in_float32(noise, alpha):
+    """As in training: for many tokens, at every noise level."""
     torch.manual_seed(0)
-    size = 1000
-    logits = torch.randn(50, size)
+    noise = NOISES[noise](1000)
     x0 = torch.arange(50)
-    xt = torch.arange(25, 75) % 60
-    p = logits.double().softmax(-1)
+    xt = noise.corrupt(x0, 0.5)
+    logits = torch.randn(50, 1000)
+    alpha = torch.full((50,), alpha)
+    exact = noise.nelbo(logits.double(), x0, xt, alpha.double(), -1)
+    bound = noise.nelbo(logits, x0, xt, alpha, -1)
+    assert bound.dtype == torch.float32
+    assert close(bound, exact, 2e-3 + 1e-4 * exact.max())
+
+
+def test_uniform_nelbo_equals_its_formula():
+    """Also for a wrong denoiser, as UDLM and Duo write it, for alpha' = -1."""
+    torch.manual_seed(0)
+    size, alpha = 20, 0.3
+    logits = torch.randn(50, size, dtype=DOUBLE)
+    x0, xt = torch.randint(size, (2, 50))
     xbar = size * alpha * F.one_hot(x0, size).double() + 1 - alpha
-    pbar = size * alpha * p + 1 - alpha
+    pbar = size * alpha * logits.softmax(-1) + 1 - alpha
     xbar_i, pbar_i = (x.gather(1, xt[:, None]) for x in (xbar, pbar))
     log_ratio = (pbar_i * xbar / (pbar * xbar_i)).log()
     divergence = (xbar / xbar_i * log_ratio).sum(1, keepdim=True)
-    literal = (divergence - size / xbar_i + size / pbar_i)[:, 0] / (size * alpha)
-    largest = float(literal.max())
-    for dtype, relative, absolute in ((DOUBLE, 1e-8, 1e-7), (torch.float32, 1e-4, 2e-3)):
-        alphas = torch.full((50,), alpha, dtype=dtype)
-        ours = NOISES["uniform"](size).nelbo(logits, x0, xt, alphas, torch.tensor(-1.0))
-        assert ours.dtype == dtype
-        assert close(ours, literal, relative * largest + absolute)
+    formula = (divergence - size / xbar_i + size / pbar_i)[:, 0] / (size * alpha)
+    alphas = torch.full((50,), alpha, dtype=DOUBLE)
+    assert close(NOISES["uniform"](size).nelbo(logits, x0, xt, alphas, -1), formula, 1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-@EACH_SCHEDULE
-def test_schedules_reach_their_ends_and_know_their_slope(schedule, dtype):
-    """Exactly 1 at t = 0, and exactly 0 at t = 1."""
-    schedule = SCHEDULES[schedule]
-    ends = torch.tensor([0, 1], dtype=dtype)
-    assert schedule(ends)[0].tolist() == [1, 0]
-    t = torch.linspace(0.01, 0.99, 99, dtype=dtype, requires_grad=True)
-    alpha, dalpha = schedule(t)
-    slope = torch.autograd.grad(alpha.sum(), t)[0]
-    assert close(dalpha, slope, 1e-6)
-    assert (dalpha < 0).all()
+@pytest.mark.parametrize("schedule", SCHEDULES.values())
+def test_schedules_reach_their_ends(schedule):
+    alpha, _ = schedule(torch.tensor([0.0, 1.0]))
+    assert alpha.tolist() == [1, 0]
 
 
 @EACH_NOISE
 @pytest.mark.parametrize("alpha_t, alpha_s", [(0, 0.4), (0.3, 0.31), (0.3, 0.8), (0.6, 1), (0, 1)])
 def test_posterior_is_bayes_rule(noise, alpha_t, alpha_s):
-    """p(xs | xt) = sum_x0 p(x0) q(xs | x0) q(xt | xs) / normalizer, one token. With numbers u on a
-    grid, step, corrupt and prior hit every outcome in proportion, to the width of the grid."""
+    """p(xs | xt) = sum_x0 p(x0) q(xs | x0) q(xt | xs) / normalizer, one token; steps draw it."""
     noise = NOISES[noise](V)
-    K = noise.n_embeddings
-    states = torch.arange(K)
+    states = torch.arange(noise.n_embeddings)
     probs = torch.tensor([0.7, 0.2, 0.1], dtype=DOUBLE)
-    x0, xs, xt = torch.meshgrid(torch.arange(V), states, states, indexing="ij")
-    to_xs = likelihood(noise, x0, xs, alpha_s)
-    to_xt = likelihood(noise, xs, xt, alpha_t / alpha_s)
-    bayes = (probs[:, None, None] * to_xs * to_xt).sum(0).T  # (xt, xs)
-    seen = bayes.sum(1) > 0
-    bayes = bayes / bayes.sum(1, keepdim=True)
-    posterior = noise.posterior(probs.expand(K, V), states, alpha_s, alpha_t)
-    assert close(posterior[seen], bayes[seen], 1e-12)
-
-    m = 20_000
-    u = (torch.arange(m, dtype=DOUBLE) + 0.5) / m
-
-    def has_law(drawn, law):
-        counts = torch.bincount(drawn, minlength=K)
-        return close(counts / m, law, 6 / m)
-
-    for state in states[seen]:
-        drawn = noise.step(probs.expand(m, V), state.expand(m), alpha_s, alpha_t, u)
-        assert has_law(drawn, posterior[state])
-    token = torch.tensor(1)
-    law = likelihood(noise, token, states, alpha_t)
-    assert has_law(noise.corrupt(token.expand(m), alpha_t, u), law)
-    assert has_law(noise.prior((m,), u=u), pure_noise_law(noise))
+    to_xs = likelihood(noise, torch.arange(V)[:, None], states, alpha_s)  # (V, K)
+    to_xt = likelihood(noise, states, states[:, None], alpha_t / alpha_s)  # (xt, xs)
+    bayes = (probs @ to_xs) * to_xt
+    total = bayes.sum(1, keepdim=True)
+    seen = total[:, 0] > 0
+    inputs = probs.expand(len(states), V), states, alpha_s, alpha_t
+    posterior = noise.posterior(*inputs)
+    assert close(posterior[seen], (bayes / total)[seen], 1e-12)
+    u = torch.rand(len(states), dtype=DOUBLE)
+    assert torch.equal(noise.step(*inputs, u), draw(posterior, u))
 
 
-def ancestral_law(noise, denoiser, steps):
-    """The exact law of ancestral sampling over STATES, by pushing the whole distribution through
-    the steps. denoiser(xt (M, n), alpha) -> (M, n, V)."""
+def ancestral_law(noise, p, steps):
+    """The exact law of ancestral sampling over STATES: the steps move the whole distribution."""
     K = noise.n_embeddings
     xt = every_sequence(K)  # (K^n, n)
     law = pure_noise_law(noise)[xt].prod(1)
     for k in range(steps):
         alpha_t, alpha_s = k / steps, (k + 1) / steps
-        probs = denoiser(xt, alpha_t)
+        probs = exact_denoiser(noise, p, xt, xt, alpha_t)
         each = noise.posterior(probs, xt, alpha_s, alpha_t)  # (K^n, n, K)
-        a, b, c = each.unbind(1)
-        law = torch.einsum("m,ma,mb,mc->abc", law, a, b, c).flatten()
-    law = law.view(K, K, K)
-    return law[:V, :V, :V].flatten()
+        law = torch.einsum("m,ma,mb,mc->abc", law, *each.unbind(1)).flatten()
+    return law[(xt < V).all(1)]
 
 
 @EACH_NOISE
 def test_ancestral_sampling_converges_to_the_true_distribution(noise):
     noise = NOISES[noise](V)
     p = random_distribution(1)
-    denoiser = partial(exact_denoiser, noise, p)
-    one, some, many = (ancestral_law(noise, denoiser, T) for T in (1, 8, 64))
-
-    def distance(law):
-        """Total variation."""
-        return 0.5 * (law - p).abs().sum()
-
-    assert distance(one) > 0.1
-    assert distance(many) < 0.01
-    assert distance(many) < distance(some) / 5
     product_of_marginals = sum(log_marginal(p, [i]) for i in range(n)).exp()
-    assert close(one, product_of_marginals, 1e-12)
+    assert close(ancestral_law(noise, p, steps=1), product_of_marginals, 1e-12)
+    difference = ancestral_law(noise, p, steps=64) - p
+    assert difference.abs().sum() < 0.02
 
 
 # ----------------------------------------------------------------------------------------------
 # The model
 
 
-def random_text(model, rows, alpha=0.5):
+def random_text(model, rows):
     """Clean tokens (rows, 21) and noisy ones."""
     x0 = torch.randint(0, 11, (rows, 21))
-    return x0, model.noise.corrupt(x0, alpha)
+    return x0, model.noise.corrupt(x0, 0.5)
 
 
 def predict(model, x0, xt, block_size):
@@ -515,54 +374,34 @@ def predict(model, x0, xt, block_size):
 @EACH_NOISE
 @torch.no_grad()
 def test_cached_passes_equal_the_training_pass(noise, token_causal, ar):
-    """denoise over a whole sequence, for odd block sizes; verify in parts."""
+    """One cache serves mixed block sizes, and more than one block may be committed at once. Where
+    clean tokens see to the end of their block, a cache is for one block size."""
     model = tiny(noise, token_causal=token_causal, ar=ar)
-    x0, xt = random_text(model, 3)
-    for S in (1, 5, 8, 21):
-        cache = model.new_cache(3)
-        expected = predict(model, x0, xt, S)
-        commit = None
-        for begin in range(0, 21, S):
-            block = slice(begin, begin + S)
-            logits = model.denoise(xt[:, block], cache, commit)
-            assert close(logits, expected[:, block], 1e-5)
-            commit = x0[:, block]
-
-    cache = model.new_cache(3)
-    expected = predict(model, x0, xt, 1)
-    model.denoise(xt[:, :1], cache, x0[:, :4], block_size=1)
-    for begin, end in ((4, 9), (9, 10), (10, 21)):
-        block = slice(begin, end)
-        logits = model.verify(x0[:, block], cache, xt[:, block])
-        assert close(logits, expected[:, block], 1e-5)
-        cache.accept(end - begin)
-    assert cache.length == 21
+    x0, xt = random_text(model, 2)
+    cache = model.new_cache(2)
+    steps = ((0, 7), (14, 1), (15, 1), (16, 4), (20, 1)) if token_causal else ((0, 7), (14, 7))
+    for begin, S in steps:
+        block = slice(begin, begin + S)
+        logits = model.denoise(xt[:, block], cache, x0[:, cache.length : begin], block_size=S)
+        assert close(logits, predict(model, x0, xt, S)[:, block], 1e-5)
 
 
 @NAN_CACHE
-@BOTH
+@EACH_AR_AND_CACHE
 @torch.no_grad()
-def test_one_cache_serves_mixed_block_sizes(ar):
-    """Against a fresh cache for each block. After a verification, accepting some tokens commits
-    them alone: what follows sees nothing of the others, by either side."""
-    model = tiny(ar=ar)
-    x0, xt = random_text(model, 2, alpha=0.3)
+def test_verification_equals_the_training_pass_at_block_size_1(token_causal, ar):
+    """Accepting some tokens commits them alone: what follows sees nothing of the others."""
+    model = tiny(token_causal=token_causal, ar=ar)
+    x0, xt = random_text(model, 2)
     cache = model.new_cache(2)
-    begin = 0
-    for S, accepted in ((7, 3), (1, 1), (4, 4), (4, 0), (5, 0)):
-        block = slice(begin, begin + S)
-        logits = model.denoise(xt[:, block], cache, x0[:, cache.length : begin])
-        fresh = model.new_cache(2)
-        assert close(logits, model.denoise(xt[:, block], fresh, x0[:, :begin]), 1e-5)
-        proposal = x0[:, block].clone()
-        proposal[:, accepted:] = (proposal[:, accepted:] + 1) % 11
-        whole = torch.cat([x0[:, :begin], proposal, x0[:, begin + S :]], 1)
-        verdict = model.verify(proposal, cache, xt[:, block])
-        assert close(verdict, predict(model, whole, xt, 1)[:, block], 1e-5)
-        cache.accept(accepted)
-        assert cache.length == begin + accepted
-        begin += S
-    assert begin == 21
+    model.denoise(xt[:, :1], cache, x0[:, :4], block_size=1)
+    for begin, accepted, end in ((4, 7, 9), (7, 7, 12), (7, 8, 8), (8, 21, 21)):
+        proposal = (x0 + (torch.arange(21) >= accepted)) % 11
+        block = slice(begin, end)
+        logits = model.verify(proposal[:, block], cache, xt[:, block])
+        assert close(logits, predict(model, proposal, xt, 1)[:, block], 1e-5)
+        cache.accept(accepted - begin)
+    assert cache.length == 21
 
 
 @pytest.mark.parametrize("S", [1, 4, 7])
@@ -570,146 +409,102 @@ def test_one_cache_serves_mixed_block_sizes(ar):
 @torch.no_grad()
 def test_nothing_leaks_from_the_future(token_causal, ar, S):
     """Change a token: no logit of an earlier block moves by a single bit, nor (clean tokens) of its
-    own block; later ones do."""
+    own block; all later ones do. Noise counts in its own block alone."""
     model = tiny(token_causal=token_causal, ar=ar)
-    x0, xt = random_text(model, 1)
+    x0, xt = (x.expand(21, 21) for x in random_text(model, 1))
     base = predict(model, x0, xt, S)
-
-    def moved(x0, xt):
-        return (predict(model, x0, xt, S) != base).any(-1)[0]
-
-    for i in (0, 9, 13):
-        begin = i // S * S
-        end = begin + S
-        clean, noisy = x0.clone(), xt.clone()
-        clean[0, i] = (x0[0, i] + 1) % 11
-        noisy[0, i] = (x0[0, i] + 2) % 11
-        by_clean = moved(clean, xt)
-        assert not by_clean[:end].any()
-        assert by_clean[end:].any()
-        by_noisy = moved(x0, noisy)
-        reads_noise = S > 1 or ar == "paper"
-        assert by_noisy[begin:end].any() == reads_noise
-        assert not by_noisy[:begin].any()
-        assert not by_noisy[end:].any()
+    changed = torch.eye(21, dtype=torch.bool)  # in row i token i is another one
+    clean = torch.where(changed, (x0 + 1) % 11, x0)
+    noisy = torch.where(changed, (xt + 1) % 11, xt)
+    by_clean = (predict(model, clean, xt, S) != base).any(-1)  # (i, j): token i moves logits of j
+    by_noisy = (predict(model, x0, noisy, S) != base).any(-1)
+    block = torch.arange(21) // S
+    assert torch.equal(by_clean, block[:, None] < block)
+    single = blockgen.is_single(torch.tensor([S]), 21)[0]
+    reads_noise = ~single | (ar == "paper")
+    assert torch.equal(by_noisy, (block[:, None] == block) & reads_noise)
 
 
-def loss_inputs(question=(0, 0, 0), dtype=DOUBLE):
+def loss_inputs(question=(0, 0, 0)):
     """A batch of three rows, of which the first `question` tokens are given."""
     torch.manual_seed(0)
     x0 = torch.randint(0, 11, (3, 21))
-    t = 0.001 + 0.999 * torch.rand(3, 21, dtype=dtype)
-    u = torch.rand(3, 21, dtype=DOUBLE)
+    t, u = torch.rand(2, 3, 21, dtype=DOUBLE)
     given = torch.arange(21) < torch.tensor(question)[:, None]
     return Batch(x0, torch.tensor([1, 4, 21]), t, u, given)
 
 
-QUESTIONS = pytest.mark.parametrize("question", [(3, 9, 0), (0, 21, 2)], ids=str)
-
-
-@QUESTIONS
+@pytest.mark.parametrize("question", [(3, 9, 0), (0, 21, 2)], ids=str)
 @BOTH
 @EACH_NOISE
 @torch.no_grad()
 def test_loss_is_charged_where_it_should_be(noise, ar, question):
-    """The bound on all logits; cross-entropy for blocks of one token; nothing for given tokens,
-    which are not noised either."""
+    """The bound; cross-entropy for blocks of one token; nothing for given, clean tokens."""
     model = tiny(noise, ar=ar)
     x0, sizes, t, u, given = batch = loss_inputs(question)
     single = torch.zeros_like(given)
-    single[0] = True
-    single[1, 20] = True  # 21 = 5 x 4 + 1
-    alpha, dalpha = 1 - t, -torch.ones_like(t)
-    survival = torch.where(single, 0.0, alpha)
-    xt = model.noise.corrupt(x0, survival, u)
+    single[0] = single[1, 20] = True  # 21 = 5 x 4 + 1
+    alpha = 1 - t
+    xt = model.noise.corrupt(x0, torch.where(single, 0.0, alpha), u)
     xt = torch.where(given, x0, xt)
     logits = predict(model, x0, xt, sizes)
     nll = -logits.log_softmax(-1).gather(2, x0[..., None])[..., 0]
-    nelbo = model.noise.nelbo(logits, x0, xt, alpha, dalpha)
-    expected = torch.where(single, nll, nelbo)
-    losses = model(batch)
-    assert losses.dtype == DOUBLE
-    assert close(losses, expected.masked_fill(given, 0), 1e-4)
-    assert (losses[given] == 0).all()
-
+    nelbo = model.noise.nelbo(logits, x0, xt, alpha, torch.tensor(-1))
+    expected = torch.where(single, nll, nelbo).masked_fill(given, 0)
+    assert close(model(batch), expected, 1e-4)
     is_scored = ~given
     if noise == "masked":
         is_scored = (single | (xt == model.noise.mask)) & ~given
-    assert close(model(batch, loss="ce"), nll.masked_fill(~is_scored, 0), 1e-5)
+    assert close(model(batch, loss="ce"), nll * is_scored, 1e-5)
 
 
-@QUESTIONS
 @BOTH
 @EACH_NOISE
-@pytest.mark.parametrize("ar_weight", [0, 0.3])
-def test_losses_of_a_batch_are_those_of_its_rows(noise, ar, question, ar_weight):
-    """The head in parts gives what it gives at once, gradients too. The AR loss that ar="shift"
-    yields beside a diffusion loss is that of block size 1."""
+@torch.no_grad()
+def test_losses_of_a_batch_are_those_of_its_rows(noise, ar):
+    """The AR loss that ar="shift" yields beside a diffusion loss is that of block size 1."""
     model = tiny(noise, ar=ar)
-    batch = loss_inputs(question, torch.float32)
-    losses = partial(model, ar_weight=ar_weight)
-    whole = losses(batch)
-    assert whole.dtype == torch.float32
-    alone = [losses(Batch(*row)) for row in zip(*(x.split(1) for x in batch))]
+    batch = loss_inputs((3, 9, 0))
+    whole = model(batch, ar_weight=0.3)
+    rows = [Batch(*row) for row in zip(*(x.split(1) for x in batch))]
+    alone = [model(row, ar_weight=0.3) for row in rows]
     assert close(torch.cat(alone), whole, 1e-4)
-
-    model.losses = partial(model.losses, chunk=40)  # three tokens at a time
-    parts = losses(batch)
-    assert close(parts, whole, 1e-5)
-    weight = model.embedding.weight
-    gradient = torch.autograd.grad(whole.sum(), weight)[0]
-    gradient_of_parts = torch.autograd.grad(parts.sum(), weight)[0]
-    assert close(gradient_of_parts, gradient, 1e-4)
-
     if ar == "shift":
-        diffusion = model(batch)
         by_ar = model(batch._replace(block_size=torch.ones(3, dtype=torch.long)))
-        mixed = (1 - ar_weight) * diffusion + ar_weight * by_ar
-        assert close(whole, mixed, 1e-5)
+        assert close(whole, 0.7 * model(batch) + 0.3 * by_ar, 1e-5)
 
 
-def test_the_head_makes_no_more_logits_than_a_chunk(monkeypatch):
-    """And none where nothing is scored."""
-    model, linear, sizes = tiny(), F.linear, []
+def test_the_head_runs_where_it_is_asked_a_chunk_at_a_time():
+    model, sizes = tiny(), []
 
-    def record(x, weight, bias=None):
-        made = linear(x, weight, bias)
-        if bias is model.head_bias:
-            sizes.append(made.numel())
-        return made
+    def loss(logits):
+        sizes.append(logits.numel())
+        return logits.logsumexp(-1)
 
-    monkeypatch.setattr(F, "linear", record)
-    model.losses = partial(model.losses, chunk=40)
-    model(loss_inputs())
+    hidden = torch.randn(3, 21, 16)
+    where = torch.rand(3, 21) < 0.3
+    parts = model.losses(loss, where, hidden, chunk=40)
     assert max(sizes) == 33
-    assert sum(sizes) < 3 * 21 * 11
+    assert sum(sizes) == 11 * where.sum()
+    assert close(parts, loss(model.logits(hidden)) * where, 1e-5)
 
 
 @torch.no_grad()
-def test_heads_begin_by_looking_back():
-    """Before training, where the norm's output is zero, the first head's scores are highest one
-    position back, and the last head has no preference."""
-    model = BlockGen(Config(n_layer=1, n_head=4))
-    cos, sin = model.rotary
-    zeros = torch.zeros(1, 128, 128)
-    q, k, _ = model.blocks[0].before(zeros, cos, sin)  # (1, H, L, D)
+def test_initialization(monkeypatch):
+    """Matrices by width and depth, the first head looking one position back, the last head without
+    a preference: for norms without a bias, too."""
+    monkeypatch.setattr(nn, "LayerNorm", nn.RMSNorm)
+    model = BlockGen(Config())
+    block, std = model.blocks[0], 128**-0.5
+    small = std / 2 / 8**0.5
+    layers = model.embedding, block.attn_qkv, block.attn_out, block.mlp[2]
+    stds = [layer.weight.std().item() for layer in layers]
+    assert stds == pytest.approx([std, std / 2, small, small], rel=0.1)
+    q, k, _ = block.before(torch.zeros(1, 128, 128), *model.rotary)  # (1, H, L, D)
     scores = (q @ k.mT)[0, :, -1]  # (H, L) of the last query
     assert scores[0].argmax() == 126
     assert scores[0].max() > scores[0].mean() + 1
     assert scores[3].max() == scores[3].min()
-
-
-def test_other_norms_and_layers_are_initialized(monkeypatch):
-    """What a student changes first: a norm without a bias, other layers that add to the stream."""
-    monkeypatch.setattr(torch.nn, "LayerNorm", torch.nn.RMSNorm)
-    outputs = blockgen.Block.outputs
-    monkeypatch.setattr(blockgen.Block, "outputs", lambda block: [block.mlp[0], *outputs(block)])
-    model = BlockGen(Config(n_layer=4))
-    stds = {name: p.std().item() for name, p in model.blocks[0].named_parameters()}
-    assert stds["mlp.0.weight"] == pytest.approx(stds["attn_out.weight"], rel=0.1)
-    assert stds["attn_qkv.weight"] == pytest.approx(8**0.5 * stds["mlp.2.weight"], rel=0.1)
-    assert stds["mlp.2.weight"] == pytest.approx(0.5 * 128**-0.5 / 8**0.5, rel=0.1)
-    assert model.embedding.weight.std().item() == pytest.approx(128**-0.5, rel=0.1)
 
 
 def test_settings_are_checked_in_subclasses_too():
@@ -718,18 +513,17 @@ def test_settings_are_checked_in_subclasses_too():
         flavor: Literal["sweet", "sour"] = "sweet"
 
     assert Mine().flavor == "sweet"
-    for wrong in (dict(flavor="bitter"), dict(noise="gaussian"), dict(ar="none")):
-        [(name, value)] = wrong.items()
-        with pytest.raises(UserError, match=f"{name} is {value}, but must be one of"):
-            Mine(**wrong)
-    with pytest.raises(UserError, match="n_head"):
-        Config(n_embd=20, n_head=4)
-    with pytest.raises(UserError, match="ar must be paper"):
-        Config(token_causal=False)
+    wrong = dict(flavor="bitter"), dict(noise="gaussian"), dict(n_head=3), dict(token_causal=False)
+    for settings in wrong:
+        with pytest.raises(UserError):
+            Mine(**settings)
+    with pytest.raises(UserError, match="noisy_gain is nan"):
+        blockgen.check_at_least(Config(n_layer=1, noisy_gain=math.nan), 1, "n_layer", "noisy_gain")
 
 
 ALONE = """
-import torch, blockgen
+import sys, torch, blockgen
+assert not {"torch._dynamo", "torch.utils.benchmark"} & {*sys.modules}  # they start slowly
 torch.manual_seed(0)
 model = blockgen.BlockGen(blockgen.Config(vocab_size=5, seq_len=8, n_layer=1, n_embd=16, n_head=2))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -749,7 +543,7 @@ print(logits.argmax(-1)[0].tolist())
 
 
 def test_the_model_stands_alone(tmp_path):
-    """Two files in an empty folder train and generate."""
+    """Two files in an empty folder train and generate. Their import loads nothing that is slow."""
     for name in ("blockgen.py", "kernels.py"):
         shutil.copy(f"{HERE}/{name}", tmp_path)
     command = [sys.executable, "-c", ALONE]
@@ -768,14 +562,14 @@ def test_compiled_blocks_share_two_graphs_and_change_no_gradient():
     for block in compiled.blocks:
         block.before = torch.compile(block.before, backend="aot_eager")
         block.after = torch.compile(block.after, backend="aot_eager")
-    for sizes in ([1, 4, 5], [16, 21, 16], [2, 8, 1]):
+    for sizes in ([1, 4, 5], [16, 21, 16]):
         batch = loss_inputs()._replace(block_size=torch.tensor(sizes))
-        gradients = []
+        results = []
         for model in (plain, compiled):
-            model.zero_grad()
-            model(batch, ar_weight=0.5).sum().backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        assert close(*gradients, 1e-4)
+            loss = model(batch, ar_weight=0.3).mean()
+            results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        for a, b in zip(*results):
+            assert close(a, b, 1e-5)
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -783,31 +577,18 @@ def test_compiled_blocks_share_two_graphs_and_change_no_gradient():
 # Devices and checkpoints
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """torch believes in two GPUs; they can do nothing. What it is told: .current, .capability."""
-    told = SimpleNamespace(current=None, capability=(9, 0))
-    fakes = dict(
-        is_available=lambda: True,
-        device_count=lambda: 2,
-        set_device=lambda device: setattr(told, "current", str(device)),
-        get_device_capability=lambda device=None: told.capability,
-        is_bf16_supported=lambda *_, **__: True,  # this counts emulation: it says so of a T4 too
-    )
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    return told
-
-
-def test_a_gpu_has_an_index(gpu):
-    expected = {"auto": 0, "cuda": 0, "cuda:0": 0, "cuda:1": 1, "cpu": None}
-    for name, index in expected.items():
-        gpu.current = None
+def test_a_gpu_has_an_index(monkeypatch):
+    """On a machine with two of them."""
+    choose = Mock()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", Mock())
+    names = {"cpu": "cpu", "auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1"}
+    for name, full_name in names.items():
         device = blockgen.find_device(name)
-        assert (device.type, device.index) == ("cpu" if index is None else "cuda", index)
-        assert gpu.current == (None if index is None else f"cuda:{index}")
-    for name in ("cuda:2", "cuda:x", "meta", "mps", ""):
+        assert device == torch.device(full_name)
+    choose.assert_called_with(device)
+    for name in ("cuda:2", "cuda:x", "meta", ""):
         with pytest.raises(UserError, match=f"--device={name}"):
             blockgen.find_device(name)
 
@@ -815,49 +596,39 @@ def test_a_gpu_has_an_index(gpu):
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     """By name: whoever changed the code since reads which field or key differs."""
     path = f"{tmp_path}/ckpt.pt"
+
+    def is_refused(words):
+        with pytest.raises(UserError, match=words):
+            blockgen.load_checkpoint(path)
+
+    is_refused("ckpt.pt is missing")
     model = tiny()
-    weights, config = model.state_dict(), asdict(model.config)
-    without_gain = {name: x for name, x in weights.items() if name != "noisy_gain"}
-    without_tied = {name: x for name, x in config.items() if name != "tied"}
+    config, weights = asdict(model.config), model.state_dict()
     cases = {
-        "noisy_gain": (config, without_gain),
-        "norm.weight": (config, {**weights, "norm.weight": torch.ones(7)}),
-        "not finite": (config, {**weights, "norm.bias": weights["norm.bias"] / 0}),
-        "flavor": ({**config, "flavor": 1}, weights),
-        "tied": (without_tied, weights),
+        "flavor": (config | {"flavor": 1}, weights),
+        "norm.weight": (config, weights | {"norm.weight": torch.ones(7)}),
+        "not finite": (config, weights | {"norm.bias": weights["norm.bias"] / 0}),
     }
     for word, (config, weights) in cases.items():
-        torch.save(dict(config=config, model=weights), path)
-        with pytest.raises(UserError, match=word) as error:
-            blockgen.load_checkpoint(path)
-        assert "\n" not in str(error.value)
+        blockgen.save_checkpoint(path, config=config, model=weights)
+        is_refused(word)
+    os.truncate(path, 500)
+    is_refused("no checkpoint")
     torch.save(weights, path)
-    half = open(path, "rb").read()[:500]
-    for content in (half, b"", b"text"):
-        with pytest.raises(UserError, match="no checkpoint"):
-            blockgen.load_checkpoint(path)
-        with open(path, "wb") as file:
-            file.write(content)
-    with pytest.raises(UserError, match="nowhere.pt is missing"):
-        blockgen.load_checkpoint(f"{tmp_path}/nowhere.pt")
+    is_refused("no checkpoint")
 
 
 def test_checkpoints_hold_the_best_weights(tmp_path, monkeypatch):
     """The best in validation, else the average, else what there is; in bfloat16, too. A save that
     fails leaves the old file, and nothing else."""
     path = f"{tmp_path}/ckpt.pt"
-    names = ["model", "average", "best"]
-    models = [tiny(seed=i).state_dict() for i in range(3)]
-    config = asdict(tiny().config)
-    for n_kinds in (1, 2, 3):
-        kinds = dict(zip(names[:n_kinds], models))
-        blockgen.save_checkpoint(path, config=config, **kinds)
+    content = dict(config=asdict(tiny().config))
+    for seed, kind in enumerate(["model", "average", "best"]):
+        content[kind] = tiny(seed=seed).bfloat16().state_dict()
+        blockgen.save_checkpoint(path, **content)
         loaded, _ = blockgen.load_checkpoint(path)
         assert not loaded.training
-        assert torch.equal(loaded.norm.bias, models[n_kinds - 1]["norm.bias"])
-    half = {name: x.bfloat16() for name, x in models[0].items()}
-    blockgen.save_checkpoint(path, config=config, model=half)
-    assert close(blockgen.load_checkpoint(path)[0].norm.bias, models[0]["norm.bias"], 1e-2)
+        assert close(loaded.norm.bias, content[kind]["norm.bias"], 0)
 
     monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") / 0)
     with pytest.raises(ZeroDivisionError):
@@ -867,127 +638,101 @@ def test_checkpoints_hold_the_best_weights(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------
-# Published checkpoints
-
-PUBLISHED = dict(
-    name="blockgen",
-    type="ddit",
-    hidden_size=24,
-    cond_dim=10,
-    length=21,
-    n_blocks=2,
-    n_heads=2,
-    dropout=0.1,
-    attn_backend="flash_attn",
-    x0_causal=True,
-)
+# Published checkpoints: a network in their layout, with adaLN at every layer
 
 
-def published_tensors(noise, K=50258):
-    """Random weights in the published layout, none of them trivial but what the mask's row of the
-    head is, which never got a gradient."""
-    torch.manual_seed(0)
-    d, c = PUBLISHED["hidden_size"], PUBLISHED["cond_dim"]
-    layers = {  # (outputs, inputs); these have biases
-        "sigma_map.mlp.0": (c, 256),
-        "sigma_map.mlp.2": (c, c),
-        "output_layer.linear": (K, d),
-        "output_layer.adaLN_modulation": (2 * d, c),
-    }
-    others = {"vocab_embed.embedding": (K, d), "output_layer.norm_final.weight": (d,)}
-    for i in range(PUBLISHED["n_blocks"]):
-        block = f"blocks.{i}"
-        layers[f"{block}.mlp.0"] = (4 * d, d)
-        layers[f"{block}.mlp.2"] = (d, 4 * d)
-        layers[f"{block}.adaLN_modulation"] = (6 * d, c)
-        others[f"{block}.attn_qkv.weight"] = (3 * d, d)
-        others[f"{block}.attn_out.weight"] = (d, d)
-        others[f"{block}.norm1.weight"] = others[f"{block}.norm2.weight"] = (d,)
-    for name, shape in layers.items():
-        others |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    tensors = {name: 0.2 * torch.randn(shape) + ("norm" in name) for name, shape in others.items()}
-    if noise == "masked":
-        tensors["output_layer.linear.weight"][-1] = 0
-        tensors["output_layer.linear.bias"][-1] = 0
-    return tensors
+class PublishedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(24, bias=False)
+        self.attn_qkv = nn.Linear(24, 72, bias=False)
+        self.attn_out = nn.Linear(24, 24, bias=False)
+        self.norm2 = nn.LayerNorm(24, bias=False)
+        gelu = nn.GELU(approximate="tanh")
+        self.mlp = nn.Sequential(nn.Linear(24, 96), gelu, nn.Linear(96, 24))
+        self.adaLN_modulation = nn.Linear(10, 144)
+
+    def forward(self, x, condition, turn, view):
+        """x (N, 2 L, 24). turn: the rotation of each position as complex numbers (2 L, 6)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        qkv = self.attn_qkv(h).unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+        turned = torch.complex(*qkv[:2].chunk(2, -1)) * turn
+        q, k = torch.cat([turned.real, turned.imag], -1)
+        o = kernels.attention_naive(q, k, qkv[2], view)
+        x = x + gate1 * self.attn_out(o.transpose(1, 2).flatten(2))
+        h = self.norm2(x) * (1 + scale2) + shift2
+        return x + gate2 * self.mlp(h)
 
 
-def write_published(folder, tensors, **config):
+class Published(nn.Module):
+    def __init__(self, noise="masked", K=50258):
+        """Random weights, none of them trivial but what the mask's row of the head is, which never
+        got a gradient."""
+        super().__init__()
+        self.vocab_embed = nn.ParameterDict({"embedding": torch.empty(K, 24)})
+        mlp = nn.Sequential(nn.Linear(256, 10), nn.SiLU(), nn.Linear(10, 10))
+        self.sigma_map = nn.ModuleDict({"mlp": mlp})
+        self.blocks = nn.ModuleList([PublishedBlock(), PublishedBlock()])
+        self.output_layer = last = nn.Module()
+        last.norm_final = nn.LayerNorm(24, bias=False)
+        last.adaLN_modulation = nn.Linear(10, 48)
+        last.linear = nn.Linear(24, K)
+        torch.manual_seed(0)
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3)
+        if noise == "masked":
+            last.linear.weight.data[-1] = 0
+
+    def forward(self, x0, xt, S, token_causal):
+        """Logits (N, L, K) of the noisy half."""
+        L = x0.shape[1]
+        view = kernels.train_view(L, S, token_causal)
+        frequency = 10000.0 ** -(torch.arange(6) / 6)
+        angle = torch.arange(L).repeat(2)[:, None] * frequency
+        turn = torch.polar(torch.ones_like(angle), angle)
+        time = torch.tensor([1.0] * 128 + [0.0] * 128)
+        condition = F.silu(self.sigma_map["mlp"](time))
+        x = self.vocab_embed["embedding"][torch.cat([x0, xt], 1)]
+        for block in self.blocks:
+            x = block(x, condition, turn, view)
+        last = self.output_layer
+        shift, scale = last.adaLN_modulation(condition).chunk(2)
+        return last.linear(last.norm_final(x[:, L:]) * (1 + scale) + shift)
+
+
+def write_published(folder, tensors, token_causal=True):
     """The folder, as a str."""
     safetensors = pytest.importorskip("safetensors.torch")
-    os.makedirs(folder, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(PUBLISHED | config))
+    config = dict(x0_causal=token_causal, hidden_size=24, length=21, n_blocks=2, n_heads=2)
+    (folder / "config.json").write_text(json.dumps(config))
     safetensors.save_file(tensors, folder / "model.safetensors")
     return str(folder)
 
 
-def published_forward(w, x0, xt, S, token_causal):
-    """Logits (N, L, K) of the noisy half, by the network as its layout describes it, unfolded:
-    adaLN at every layer."""
-    L, d = x0.shape[1], PUBLISHED["hidden_size"]
-    mask = kernels.train_view(L, S, token_causal).dense(2 * L)
-
-    def layer(x, name):
-        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
-
-    def norm(x, name, shift, scale):
-        return F.layer_norm(x, (d,), w[f"{name}.weight"]) * (1 + scale) + shift
-
-    def rotate(x):
-        inv_freq = 10000.0 ** -(torch.arange(0, 12, 2) / 12)
-        angle = torch.arange(L).repeat(2)[:, None] * inv_freq
-        turn = torch.polar(torch.ones_like(angle), angle)
-        a, b = x.chunk(2, -1)
-        turned = torch.complex(a, b) * turn
-        return torch.cat([turned.real, turned.imag], -1)
-
-    def attention(x, name):
-        qkv = layer(x, f"{name}.attn_qkv").chunk(3, -1)
-        q, k, v = (y.unflatten(-1, (PUBLISHED["n_heads"], -1)).transpose(1, 2) for y in qkv)
-        o = F.scaled_dot_product_attention(rotate(q), rotate(k), v, mask)
-        return layer(o.transpose(1, 2).flatten(2), f"{name}.attn_out")
-
-    time = torch.tensor([1.0] * 128 + [0.0] * 128)
-    condition = F.silu(layer(F.silu(layer(time, "sigma_map.mlp.0")), "sigma_map.mlp.2"))
-    x = w["vocab_embed.embedding"][torch.cat([x0, xt], 1)]
-    for i in range(PUBLISHED["n_blocks"]):
-        name = f"blocks.{i}"
-        modulation = layer(condition, f"{name}.adaLN_modulation")
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
-        x = x + gate1 * attention(norm(x, f"{name}.norm1", shift1, scale1), name)
-        h = layer(norm(x, f"{name}.norm2", shift2, scale2), f"{name}.mlp.0")
-        x = x + gate2 * layer(F.gelu(h, approximate="tanh"), f"{name}.mlp.2")
-    shift, scale = layer(condition, "output_layer.adaLN_modulation").chunk(2)
-    x = norm(x, "output_layer.norm_final", shift, scale)
-    return layer(x[:, L:], "output_layer.linear")
-
-
-@pytest.mark.parametrize("token_causal", [True, False])
-@pytest.mark.parametrize("noise", ["masked", "uniform"])
+@pytest.mark.parametrize("noise, token_causal", [("masked", True), ("uniform", False)])
 @torch.no_grad()
 def test_published_weights_give_the_logits_of_their_layout(noise, token_causal, tmp_path):
     """The noise is read off the head."""
-    w = published_tensors(noise)
-    folder = write_published(tmp_path, w, x0_causal=token_causal)
+    published = Published(noise)
+    folder = write_published(tmp_path, published.state_dict(), token_causal)
     model, content = blockgen.load_checkpoint(folder)
     size = 50257 if noise == "masked" else 50258
     assert (model.config.noise, model.config.vocab_size) == (noise, size)
-    tokenizer = content["meta"]["tokenizer"]
-    assert (tokenizer["kind"], tokenizer["start"], tokenizer["end"]) == ("gpt2", 50256, 50256)
-    assert content["args"] == {}
+    gpt2 = dict(kind="gpt2", vocab_size=50257, start=50256, end=50256)
+    assert content["meta"]["tokenizer"] == gpt2
     x0 = torch.randint(size, (2, 21))
     xt = model.noise.corrupt(x0, 0.5)
     for S in (1, 4):
-        expected = published_forward(w, x0, xt, S, token_causal)[..., :size]
-        assert close(predict(model, x0, xt, S), expected, 1e-5)
+        expected = published(x0, xt, S, token_causal)[..., :size]
+        assert close(predict(model, x0, xt, S), expected, 1e-4)
 
 
-def small_tokenizer(*special, size=30):
-    """The text of a tokenizer.json of single characters."""
+def small_tokenizer(*special):
+    """The text of a tokenizer.json of three words and these tokens."""
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=list(special))
-    tokenizer.train_from_iterator(["abcdefghij 0123456789\\n+="], trainer)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2}))
+    tokenizer.add_special_tokens(list(special))
     return tokenizer.to_str()
 
 
@@ -995,73 +740,38 @@ def test_the_tokenizer_of_published_weights(tmp_path):
     """A tokenizer.json beside them, which must fit; without it GPT-2's number of tokens."""
     path = tmp_path / "tokenizer.json"
 
-    def tokenizer(n_tokens, text):
-        write_published(tmp_path, published_tensors("uniform", n_tokens))
+    def tokenizer(K, text):
         path.write_text(text)
-        return blockgen.read_checkpoint(str(tmp_path))["meta"]["tokenizer"]
+        folder = write_published(tmp_path, Published("uniform", K).state_dict())
+        return read_checkpoint(folder)["meta"]["tokenizer"]
 
     text = small_tokenizer("<s>", "</s>")
-    found = tokenizer(40, text)
-    assert found == dict(kind="json", json=text, vocab_size=30, start=0, end=1, separator="\\n")
-    found = tokenizer(40, small_tokenizer("<|endoftext|>"))
-    assert (found["start"], found["end"]) == (0, 0)
-    for n_tokens, special, words in ((40, "[X]", "needs one of"), (9, "</s>", "only 9 tokens")):
+    expected = dict(kind="json", json=text, vocab_size=5, start=3, end=4, separator="\\n")
+    assert tokenizer(9, text) == expected
+    for K, special, words in ((9, "[X]", "needs one of"), (2, "</s>", "only 2 tokens")):
         with pytest.raises(UserError, match=words):
-            tokenizer(n_tokens, small_tokenizer(special))
+            tokenizer(K, small_tokenizer(special))
     path.unlink()
     with pytest.raises(UserError, match="put the tokenizer.json"):
-        blockgen.load_checkpoint(str(tmp_path))
+        read_checkpoint(str(tmp_path))
 
 
-def test_published_tensors_that_do_not_fit_are_refused(tmp_path):
+def test_published_files_that_do_not_fit_are_refused(tmp_path):
     """By name."""
-    tensors = published_tensors("masked")
-    for name in ("blocks.1.mlp.0.bias", "vocab_embed.embedding"):
-        some = {other: x for other, x in tensors.items() if other != name}
-        with pytest.raises(UserError, match=name):
-            blockgen.load_checkpoint(write_published(tmp_path, some))
-    folder = write_published(tmp_path, tensors, n_heads=4)
+    tensors = Published().state_dict()
+    del tensors["blocks.1.mlp.0.bias"]
+    folder = write_published(tmp_path, tensors)
+    with pytest.raises(UserError, match="blocks.1.mlp.0.bias"):
+        read_checkpoint(folder)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="length"):
-        blockgen.load_checkpoint(folder)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        blockgen.load_checkpoint(folder)
-
-
-# --------------------------------------------------------------------------------------------------
-# Attention: who sees whom
+        read_checkpoint(folder)
 
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 PATHS = [kernels.attention_torch, kernels.attention_triton][: 1 + (kernels.triton is not None)]
 EACH_PATH = pytest.mark.parametrize("attention", PATHS)
-
-
-def test_train_view_is_its_definition():
-    L, S = 11, 4
-    query, key = torch.arange(2 * L)[:, None], torch.arange(2 * L)
-    query_block, key_block = query % L // S, key % L // S
-    noisy = torch.where(key < L, key_block < query_block, key_block == query_block)
-    clean_by_block = (key < L) & (key_block <= query_block)
-    for token_causal, clean in ((True, key <= query), (False, clean_by_block)):
-        seen = kernels.train_view(L, S, token_causal).dense(2 * L)
-        assert torch.equal(seen, torch.where(query < L, clean, noisy))
-    mixed = kernels.train_view(L, torch.tensor([1, 4, 11])).dense(2 * L)
-    for row, S in zip(mixed, (1, 4, 11)):
-        assert torch.equal(row, kernels.train_view(L, S).dense(2 * L))
-
-
-def test_denoise_view_is_its_definition():
-    C, c, n = 5, 7, 3
-    query, key = torch.arange(c + n)[:, None], torch.arange(C + c + n + 2)
-    for S in (1, 3):
-        block_end = (query // S + 1) * S
-        last = torch.where(query < c, block_end.clamp(max=c), c + n)
-        assert torch.equal(kernels.denoise_view(C, c, n, S).dense(len(key)), key < C + last)
-
-
 DRAWN = [
     (kernels.train_view, (4, 2)),
     (kernels.denoise_view, (3, 2, 2)),
@@ -1078,10 +788,6 @@ def test_views_are_as_drawn(make_view, inputs):
     rows = [line for line in lines if re.search(r"(empty|\d\))$", line)]
     drawn = torch.tensor([[row[i] == "x" for i in columns] for row in rows])
     assert torch.equal(make_view(*inputs).dense(len(columns)), drawn)
-
-
-# --------------------------------------------------------------------------------------------------
-# Attention, in PyTorch and in Triton's interpreter
 
 
 def random_view(n_keys, *shape):
@@ -1111,38 +817,18 @@ def with_gradients(attention, inputs, view, grad):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("L, S, D", [(1, 1, 16), (81, 16, 24), (20, 1, 128), (40, 40, 5)])
 def test_attention_is_the_textbooks(attention, dtype, tolerance, L, S, D):
+    """Also for fewer queries than keys, of which nobody sees the last ones."""
     torch.manual_seed(0)
-    qkv = random_qkv(2 * L, D, dtype)
-    grad = torch.randn_like(qkv[0])
     mixed = kernels.train_view(L, torch.tensor([max(1, S // 2), S]))
-    for view in (mixed, random_view(2 * L, 2 * L), random_view(2 * L, 2, 2 * L)):
-        ours = with_gradients(attention, qkv, view, grad)
-        exact = with_gradients(kernels.attention_naive, qkv.double(), view, grad)
+    for view in (mixed, random_view(2 * L, 2 * L), random_view(L, 2, L)):
+        q, k, v = random_qkv(2 * L, D, dtype)
+        q = q[:, :, : view.prefix.shape[-1]]
+        grad = torch.randn_like(q)
+        ours = with_gradients(attention, (q, k, v), view, grad)
+        doubles = (x.double() for x in (q, k, v))
+        exact = with_gradients(kernels.attention_naive, doubles, view, grad)
         for a, b in zip(ours, exact):
             assert close(a, b, tolerance * b.abs().max().clamp(min=1))
-
-
-@EACH_PATH
-@pytest.mark.parametrize(
-    "view, valid",
-    [
-        (kernels.denoise_view(64, 6, 11, 3), 81),
-        (kernels.denoise_view(70, 0, 1), 71),
-        (kernels.verify_view(5, 70), 145),
-    ],
-)
-def test_nothing_is_read_behind_the_last_visible_key(attention, view, valid):
-    torch.manual_seed(0)
-    q = torch.randn(2, 2, len(view.prefix), 16)
-    kv = torch.randn(2, 2, 2, 150, 16)
-    exact = with_gradients(kernels.attention_naive, (q, *kv), view, q)
-    kv[..., valid:, :] = 1e4
-    for a, b in zip(with_gradients(attention, (q, *kv), view, q), exact):
-        assert close(a, b, 1e-5)
-
-
-# --------------------------------------------------------------------------------------------------
-# Which tiles are visited, and how often that is found out
 
 
 def states_of(mask, tile):
@@ -1161,61 +847,66 @@ def states_in(lists, n_others):
     return states
 
 
-@pytest.mark.parametrize("tile", [32, 64])
-@pytest.mark.parametrize("L, S", [(512, 1), (1024, 16), (100, 100), (333, 7), (75, None)])
+@pytest.mark.parametrize("L, S, tile", [(512, 1, 64), (333, 7, 32), (75, None, 64)])
 def test_kernels_visit_the_tiles_that_hold_a_visible_pair_and_no_other(L, S, tile):
     torch.manual_seed(0)
     T = 2 * L
     view = kernels.train_view(L, S) if S else random_view(T, 3, T)
-    bounds, *tables = kernels.make_tables(view, T, tile, CPU)
+    _, *tables = kernels.make_tables(view, T, tile, CPU)
     masks = view.dense(T).view(-1, T, T)
-    assert len(bounds) == len(masks)
     for mask, by_query, by_key in zip(masks, *tables, strict=True):
         states = states_of(mask, tile)
         assert torch.equal(states_in(by_query, len(states)), states)
         assert torch.equal(states_in(by_key, len(states)), states.T)
 
 
-def test_torch_visits_no_other_tiles_either():
+def test_torch_visits_no_other_keys_either():
+    """Of 1,024 pairs of tiles, 288 hold a visible pair. A slice of the cache is not copied."""
     view = kernels.train_view(1024, 16)
-    states = states_of(view.dense(2048), 64)
-    assert (states > 0).sum() == 288  # of 1024
-    _, tile, masks = kernels.make_masks(view, CPU)
-    for (tiles, mask), row in zip(masks, states, strict=True):
-        assert tiles == row.nonzero()[:, 0].tolist()
-        assert mask.shape == (1, 1, 64, 64 * len(tiles))
-    _, _, masks = kernels.make_masks(kernels.denoise_view(100, 0, 16), CPU)
-    assert masks == [([0], None)]  # a slice of the cache, without a mask
+    tile, masks = kernels.make_masks(view, CPU)
+    rows = view.dense(2048).split(tile)
+    for (keys, mask), seen in zip(masks, rows, strict=True):
+        numbers = torch.arange(2048)
+        numbers = numbers[:keys] if isinstance(keys, int) else keys
+        visible = seen.any(0).nonzero()[:, 0]
+        assert torch.equal(numbers, visible)
+        assert torch.equal(mask[0, 0], seen[:, visible])
+    _, masks = kernels.make_masks(kernels.denoise_view(100, 0, 16), CPU)
+    assert masks == [(116, None)]
 
 
-@EACH_PATH
-def test_rows_of_one_block_size_share_what_a_view_needs(monkeypatch, attention):
+def test_rows_of_one_block_size_share_what_a_view_needs():
     """In all layers and steps: it is made once."""
-    monkeypatch.setattr(blockgen, "block_attention", attention)
-    made = kernels.make_masks if attention is PATHS[0] else kernels.make_tables
-    before = made.cache_info().misses
-    model = tiny(n_layer=3)
-    for u in torch.rand(2, 4, 21):
-        x0 = torch.zeros(4, 21, dtype=torch.long)
-        model(Batch(x0, torch.full((4,), 5), u, u, x0 > 0))
-    assert made.cache_info().misses == before + 1
+    before = kernels.make_masks.cache_info().misses
+    model = tiny()
+    batch = loss_inputs()._replace(block_size=torch.full((3,), 5))
+    for step in range(2):
+        model(batch)
+    assert kernels.make_masks.cache_info().misses == before + 1
 
 
-# --------------------------------------------------------------------------------------------------
-# Which implementation runs
-
-
-def failing_kernel(error):
-    return MagicMock(**{"__getitem__.side_effect": error})
+@needs_triton
+@BOTH
+def test_training_with_the_kernels(monkeypatch, ar):
+    """In the interpreter: losses and gradients as with the attention in PyTorch."""
+    results = []
+    for attention in PATHS:
+        monkeypatch.setattr(blockgen, "block_attention", attention)
+        model = tiny("hybrid30", ar=ar, n_embd=32)
+        losses = model(loss_inputs(), ar_weight=0.3)
+        gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
+        results.append([losses, *gradients])
+    for a, b in zip(*results):
+        assert close(a, b, 1e-4)
 
 
 @needs_triton
 def test_use_triton(monkeypatch, capsys):
+    """Where it cannot, stderr says why, once; a bug is a traceback."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: torch.zeros(*shape))
 
     def reason(capability):
-        """What stderr says, once, if the kernels cannot run; otherwise nothing."""
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         kernels.use_triton.cache_clear()
         answers = {kernels.use_triton(gpu), kernels.use_triton(gpu)}
@@ -1224,76 +915,54 @@ def test_use_triton(monkeypatch, capsys):
         return said
 
     assert not kernels.use_triton(CPU)
-    assert reason((8, 0)) == reason((12, 0)) == ""
+    assert reason((8, 0)) == ""
     assert "capability 8.0" in reason((7, 5))
-    no_compiler = RuntimeError("Failed to find C compiler.\nPlease specify one.")
-    for error in (no_compiler, subprocess.CalledProcessError(1, "gcc"), OSError()):
-        monkeypatch.setattr(kernels, "probe_kernel", failing_kernel(error))
+    probe = Mock()
+    monkeypatch.setattr(kernels, "probe_kernel", {(1,): probe})
+    for error in (RuntimeError("No C\ncompiler"), subprocess.CalledProcessError(1, "gcc")):
+        probe.side_effect = error
         assert "cannot compile" in reason((9, 0))
-    monkeypatch.setattr(kernels, "probe_kernel", failing_kernel(NameError("a bug")))
+    probe.side_effect = NameError("a bug")
     with pytest.raises(NameError):
         reason((9, 0))
     monkeypatch.setattr(kernels, "triton", None)
     assert "not installed" in reason((9, 0))
-    kernels.use_triton.cache_clear()
 
 
 def test_block_attention_leaves_wide_heads_to_torch(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(kernels, "attention_triton", lambda *_: chosen.append("triton"))
-    monkeypatch.setattr(kernels, "attention_torch", lambda *_: chosen.append("torch"))
-    for triton_works, D in ((False, 64), (True, 64), (True, 128), (True, 129)):
+    monkeypatch.setattr(kernels, "attention_triton", lambda *_: "triton")
+    monkeypatch.setattr(kernels, "attention_torch", lambda *_: "torch")
+    cases = [(False, 64, "torch"), (True, 128, "triton"), (True, 129, "torch")]
+    for triton_works, D, chosen in cases:
         monkeypatch.setattr(kernels, "use_triton", lambda device: triton_works)
-        kernels.block_attention(*random_qkv(4, D), None)
-    assert chosen == ["torch", "triton", "triton", "torch"]
-
-
-def test_kernels_start_at_once_and_in_silence():
-    """Without torch.compile and the benchmark's timer."""
-    code = "import sys, kernels; print({'torch._dynamo', 'torch.utils.benchmark'} & {*sys.modules})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert (run.stdout, run.stderr) == ("set()\n", "")
-
-
-def test_kernels_has_no_flags(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "--L=3"])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(kernels.__file__, run_name="__main__")
-    assert re.fullmatch(".*--L=3\n", capsys.readouterr().err)
-
-
-# --------------------------------------------------------------------------------------------------
-# The kernels, compiled ahead of time: no GPU is needed for that
+        assert kernels.block_attention(*random_qkv(4, D), None) == chosen
 
 
 AHEAD_OF_TIME = """
-import os, re, subprocess, sys, tempfile
+import os, re, subprocess, sys
 import triton, kernels
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOL = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
-FIXED = {"scale": "fp32", "LSE": "*fp32", "DELTA": "*fp32", "DQ": "*fp32"}
-FIXED |= {"BOUNDS": "*i32", "LISTS": "*i32"}
+CUBIN = os.path.join(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
+TYPES = {"scale": "fp32", "LSE": "*fp32", "DELTA": "*fp32", "DQ": "*fp32"}
+TYPES |= {"BOUNDS": "*i32", "LISTS": "*i32"} | dict.fromkeys(["D", "BLOCK_D", "TILE"], "constexpr")
 
-def report(kernel, architecture, dtype, D, options):
-    constants = {name: options.pop(name) for name in list(options) if name in kernel.arg_names}
+def check(kernel, architecture, dtype, options):
+    constants = {name: options.pop(name) for name in ("D", "BLOCK_D", "TILE")}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        signature[name] = FIXED.get(name, "*" + dtype if name.isupper() else "i32")
-        if name in constants:
-            signature[name] = "constexpr"
-        elif signature[name].startswith("*"):
+        kind = TYPES.get(name, "*" + dtype if name.isupper() else "i32")
+        signature[name] = kind
+        if kind.startswith("*"):
             attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", int(architecture), 32)
-    built = triton.compile(source, target=target, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    built = triton.compile(source, GPUTarget("cuda", int(architecture), 32), options)
+    with open(CUBIN, "wb") as file:
         file.write(built.asm["cubin"])
-        file.flush()
-        command = [TOOL, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True).stdout
+    usage = subprocess.run([TOOL, "-res-usage", CUBIN], capture_output=True, text=True).stdout
     spill = int(re.search(r"STACK:(\\d+)", usage)[1])
     shared = built.metadata.shared
     assert "mma" in built.asm["ptx"] and shared <= 99 * 1024 and spill <= 32, (shared, spill)
@@ -1301,201 +970,62 @@ def report(kernel, architecture, dtype, D, options):
 for case in sys.argv[1:]:
     print(case, flush=True)
     architecture, dtype, D = case.split(",")
-    D, itemsize = int(D), 2 if dtype == "bf16" else 4
-    forward = kernels.launch_options(D, itemsize, backward=False)
-    report(kernels.forward_kernel, architecture, dtype, D, forward)
-    backward = kernels.launch_options(D, itemsize, backward=True)
-    report(kernels.backward_kernel, architecture, dtype, D, backward)
+    for kernel, backward in ((kernels.forward_kernel, False), (kernels.backward_kernel, True)):
+        options = kernels.launch_options(int(D), 2 if dtype == "bf16" else 4, backward)
+        check(kernel, architecture, dtype, options)
 """
-
-COMPILED = [
-    "80,bf16,64",
-    "90,bf16,64",
-    "100,bf16,64",
-    "120,bf16,64",
-    "80,fp32,128",
-    "90,bf16,128",
-]
+COMPILED = "80,bf16,64 90,bf16,64 100,bf16,64 120,bf16,64 80,fp32,128 90,bf16,128".split()
 
 
 @needs_triton
 def test_kernels_compile_ahead_of_time(tmp_path):
-    """From A100 to B200 and RTX 5090: they compile, use the matrix units, fit in the 99 KB of
-    shared memory that the smaller ones have, and spill at most 32 bytes."""
-    environment = dict(os.environ)
-    del environment["TRITON_INTERPRET"]
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    """No GPU is needed for that. From A100 to B200 and RTX 5090 they use the matrix units, fit in
+    the 99 KB of shared memory that the smaller ones have, and spill at most 32 bytes."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", AHEAD_OF_TIME, *COMPILED]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.split() == COMPILED
 
 
-# --------------------------------------------------------------------------------------------------
-# The model with the kernels, in the interpreter
-
-
-def loss_and_gradients(model):
-    """Losses (N, L) of a batch of several block sizes, and the gradients of all parameters."""
-    torch.manual_seed(0)
-    x0 = torch.randint(11, (4, 21))
-    t, u = torch.rand(2, 4, 21)
-    losses = model(Batch(x0, torch.tensor([1, 4, 6, 21]), t, u, x0 < 0), ar_weight=0.3)
-    return losses, *torch.autograd.grad(losses.mean(), list(model.parameters()))
-
-
-@needs_triton
-@BOTH
-@EACH_NOISE
-def test_training_with_the_kernels(monkeypatch, noise, ar):
-    model = tiny(noise, ar=ar, n_embd=32)
-    expected = loss_and_gradients(model)
-    monkeypatch.setattr(blockgen, "block_attention", kernels.attention_triton)
-    for a, b in zip(loss_and_gradients(model), expected):
-        assert close(a, b, 1e-4)
-
-
-SAMPLED = [
-    ("masked", "shift", "ar"),
-    ("uniform", "paper", "ancestral"),
-    ("hybrid30", "shift", "speculative"),
-    ("masked", "paper", "arpc"),
-]
-
-
-@needs_triton
-@pytest.mark.parametrize("noise, ar, sampler", SAMPLED)
-def test_sampling_with_the_kernels(monkeypatch, noise, ar, sampler):
-    """Each pass, cached, as it would be on a GPU, against the CPU's attention. Going on from the
-    kernels' result, no tie can hide or feign a difference."""
-    calls = []
-
-    def both(q, k, v, view):
-        result = kernels.attention_triton(q, k, v, view)
-        calls.append(close(result, kernels.attention_torch(q, k, v, view), 1e-5))
-        return result
-
-    monkeypatch.setattr(blockgen, "block_attention", both)
-    given = torch.full((2, 7), -1)
-    given[0, :2] = 1
-    model = tiny(noise, ar=ar, n_layer=1)
-    sample.generate(model, 2, 7, given=given, block_size=4, steps=2, sampler=sampler)
-    assert len(calls) > 2  # blocks
-    assert all(calls)
-
-
 # ----------------------------------------------------------------------------------------------
-# Sampling: the laws of what is drawn
-
-EACH_SAMPLER = pytest.mark.parametrize("sampler", FILL)
+# Sampling: the law of speculative decoding
 
 
 def samples(model, rows, length=None, **options):
     """Tokens (rows, L)."""
-    tokens, _ = generate(model, rows, length or model.config.seq_len, **options)
-    return tokens
+    return generate(model, rows, length or model.config.seq_len, **options)[0]
 
 
-class ExactModel:
-    """What generate() needs of a model and its cache, for a distribution p over STATES. Its AR side
-    is exact. Its diffusion side gives p(x_i | the prefix, what is revealed in the block) under
-    masked noise, p(x_i | the prefix) under uniform noise."""
-
-    device = "cpu"
-
-    def __init__(self, p, noise="masked"):
-        self.p = p
-        self.noise = NOISES[noise](V)
-        self.config = Config(vocab_size=V, seq_len=n, noise=noise)
-
-    def new_cache(self, rows, length):
-        self.length = 0
-        self.tokens = torch.zeros(rows, n, dtype=torch.int64)
-        return self
-
-    def accept(self, k):
-        self.length += k
-
-    def laws(self, x, known):
-        """log p(x_i = v | the tokens at known(i), (N, n)), (N, n, V), for the tokens x that follow
-        the committed ones."""
-        begin, end = self.length, self.length + x.shape[1]
-        self.tokens[:, begin:end] = x
-        laws = []
-        for i in range(begin, end):
-            agrees = (STATES == self.tokens[:, None]) | ~known(i)[:, None]
-            laws.append(token_law(self.p * agrees.all(-1), i).log())
-        return torch.stack(laws, 1)
-
-    def denoise(self, xt, cache, commit, block_size):
-        self.tokens[:, self.length : self.length + commit.shape[1]] = commit
-        self.length += commit.shape[1]
-        known = (torch.arange(n) < self.length).repeat(len(xt), 1)
-        known[:, self.length : self.length + xt.shape[1]] = (
-            ~self.noise.maybe_noise(xt)
-        )
-        return self.laws(xt, lambda i: known & (torch.arange(n) != i))
-
-    def verify(self, x, cache, noise):
-        return self.laws(x, lambda i: torch.arange(n)[None] < i)
-
-
-def has_law(tokens, law):
-    """Could the rows of tokens (N, n) have been drawn from a law over STATES?"""
-    index = tokens @ torch.tensor([V * V, V, 1])
-    counts = torch.bincount(index, minlength=len(STATES))
-    return fits(counts, law)
-
-
-def ar_law(p, given=(-1,) * n, temperature=1.0, top_k=V):
+def ar_law(model, given, temperature, top_k):
     """The law over STATES of writing from left to right around given tokens, -1 where free."""
-    law = torch.ones(len(STATES), dtype=DOUBLE)
-    for i, token in enumerate(given):
-        weight = p * (STATES[:, None, :i] == STATES[:, :i]).all(-1)
-        each = token_law(weight, i) ** (
-            1 / temperature
-        )  # (V^n, V), one for each beginning
-        each[each < each.topk(top_k).values[:, -1:]] = 0
-        each = each / each.sum(-1, keepdim=True)
-        if token >= 0:
-            each = F.one_hot(torch.tensor([token]), V).expand_as(each)
-        law = law * blockgen.at_index(each, STATES[:, i])
-    return law
+    logits = model.verify(STATES, model.new_cache(len(STATES))) / temperature
+    least = logits.topk(top_k).values[..., -1:]
+    probs = logits.masked_fill(logits < least, -math.inf).softmax(-1)
+    each = blockgen.at_index(probs, STATES).double()  # (V^n, n)
+    agrees = (STATES == given).double()
+    return torch.where(given < 0, each, agrees).prod(1)
 
 
-@pytest.mark.parametrize("shape", [{}, dict(temperature=2.0, top_k=2)], ids=str)
 @EACH_NOISE
-def test_speculative_samples_are_exactly_ar_samples(noise, shape):
-    """Of many rows at a time, most of which run ahead of the slowest; also after temperature and
-    top-k, which act on both sides."""
-    p = random_distribution(2)
-    model = ExactModel(p, noise)
-    law = ar_law(p, **shape)
-    assert has_law(samples(model, 20_000, sampler="ar", seed=1, **shape), law)
-    options = dict(sampler="speculative", **shape)
-    for S in (2, 3):
-        tokens, stats = generate(
-            model, 20_000, n, block_size=S, seed=2, **options
-        )
-        assert has_law(tokens, law)
-        assert stats["nfe"] < 2 * n  # some rounds accept a token in every row
+@torch.no_grad()
+def test_speculative_samples_are_exactly_ar_samples(noise):
+    """Of many rows, most of which run ahead of the slowest, also where a prompt stands behind free
+    tokens; temperature and top-k act on both sides."""
+    model = tiny(noise, vocab_size=V, seq_len=n)
+    prompts = torch.tensor([(-1, -1, -1), (2, -1, -1), (-1, 0, -1), (1, -1, 2)])
+    given = prompts.repeat(5000, 1)
+    shape = dict(temperature=2.0, top_k=2)
+    write = partial(samples, model, len(given), given=given, seed=2, **shape)
+
+    def has_law(tokens, prompt):
+        index = tokens @ torch.tensor([V * V, V, 1])
+        return fits(torch.bincount(index, minlength=len(STATES)), ar_law(model, prompt, **shape))
+
+    tokens = write(sampler="speculative")
+    assert all(has_law(tokens[i::4], prompt) for i, prompt in enumerate(prompts))
     # the test has teeth: the draft alone has another law
-    draft = samples(model, 20_000, block_size=3, steps=1, seed=3, **shape)
-    assert not has_law(draft, law)
-
-
-@EACH_NOISE
-def test_speculative_samples_in_a_batch_of_different_prompts(noise):
-    """Small batches, which move on by several tokens at a time. Each row has the AR law of its own
-    prompt, also where the prompt stands behind free tokens."""
-    model = ExactModel(random_distribution(2), noise)
-    prompts = [(-1, -1, -1), (2, -1, -1), (-1, 0, -1), (1, -1, 2), (0, 0, 0)]
-    given = torch.tensor(prompts)
-    write = partial(samples, model, sampler="speculative")
-    batches = [write(5, given=given, first_row=5 * k) for k in range(500)]
-    by_prompt = torch.stack(batches, 1)  # (5, batches, n)
-    for tokens, prompt in zip(by_prompt, prompts):
-        assert has_law(tokens, ar_law(model.p, prompt))
+    assert not has_law(write(steps=1)[::4], prompts[0])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1507,8 +1037,8 @@ class Direct:
     in every pass, from the text as it stands. The random numbers are those of generate().
 
     tokens are -1 where nothing is decided. A text longer than the context goes on from the last
-    half of it. Each sampler is a function that fills the free tokens of a block.
-    """
+    half of it. Each sampler is a function that fills the free tokens of a block; for speculative
+    decoding, at temperature 0, it is that of the AR side."""
 
     def __init__(self, model, given, row, **options):
         self.model, self.tokens, self.row = model, list(given), row
@@ -1517,33 +1047,25 @@ class Direct:
     def write(self):
         begin = window = 0
         L = self.model.config.seq_len
-        self.size = (
-            1 if self.options.sampler == "ar" else self.options.block_size
-        )
+        self.size = 1 if self.options.sampler in ("ar", "speculative") else self.options.block_size
         while begin < len(self.tokens):
             if begin == window + L:
                 window = begin - L // 2
             end = min(begin + self.size, window + L, len(self.tokens))
-            self.block, self.context = range(begin, end), range(window, begin)
+            self.block, self.context = range(begin, end), self.tokens[window:begin]
             self.free = [i for i in self.block if self.tokens[i] < 0]
             if self.free:
                 xt = dict(zip(self.block, self.tokens[begin:end]))
                 xt |= {i: self.noise(sample.PRIOR, 0, i) for i in self.free}
-                fill = (
-                    steps_by_hand
-                    if len(self.block) == 1
-                    else BY_HAND[self.options.sampler]
-                )
-                fill(self, xt)
+                BY_HAND[self.options.sampler](self, xt)
             begin = next((i for i in self.block if self.tokens[i] < 0), end)
         return self.tokens
 
     def uniform(self, purpose, step, i):
         """The uniform number for token i."""
-        key = self.options.seed, purpose, step, self.block.start
-        return random_numbers(key, [self.row], len(self.block))[
-            0, i - self.block.start
-        ]
+        begin = self.block.start
+        key = self.options.seed, purpose, step, begin
+        return random_numbers(key, [self.row], len(self.block))[0, i - begin]
 
     def noise(self, purpose, step, i):
         """A token of pure noise for place i."""
@@ -1551,64 +1073,50 @@ class Direct:
 
     def logits(self, clean, noisy):
         """(n, V), of n noisy tokens that follow clean ones: the model without a past."""
-        clean, noisy = (
-            torch.tensor([tokens], dtype=torch.int64)
-            for tokens in (clean, noisy)
-        )
-        cache = self.model.new_cache(1)
-        return self.model.denoise(noisy, cache, clean, self.size)[0].float()
+        clean, noisy = (torch.tensor([x], dtype=torch.int64) for x in (clean, noisy))
+        return self.model.denoise(noisy, self.model.new_cache(1), clean, self.size)[0].float()
 
     def diffusion(self, xt):
         """The logits of the block at noisy tokens xt, by place."""
-        context = [self.tokens[i] for i in self.context]
-        return dict(zip(self.block, self.logits(context, list(xt.values()))))
+        return dict(zip(self.block, self.logits(self.context, list(xt.values()))))
 
     def ar(self, x, step):
         """The AR side's logits of the tokens x of the block, one after the other, by place."""
-        clean = [self.tokens[i] for i in self.context]
-        logits = {}
+        clean, logits = list(self.context), {}
         for i in self.block:
-            logits[i] = self.logits(
-                clean, [self.noise(sample.VERIFY, step, i)]
-            )[0]
+            noise = self.noise(sample.VERIFY, step, i)
+            logits[i] = self.logits(clean, [noise])[0]
             clean.append(x[i])
         return logits
 
     def law(self, logits):
         """What a token is drawn from, (V,): temperature, then the k likeliest tokens."""
-        k = self.options.top_k or len(logits)
-        likely = logits.topk(k).indices
+        likely = logits.topk(self.options.top_k or len(logits)).indices
         probs = torch.zeros_like(logits)
-        probs[likely] = (logits[likely] / self.options.temperature).softmax(-1)
+        probs[likely] = (logits[likely] / max(self.options.temperature, 1e-9)).softmax(-1)
         return probs
 
 
 def steps_by_hand(direct, xt):
     """Ancestral sampling and ARPC: at each of the steps predict the clean tokens, and step back to
     the next noise level. A guided step of ARPC goes all the way instead, asks the AR side, and
-    sends the tokens with the lowest likelihood back to noise, so many as the level demands.
-    """
+    sends the tokens with the lowest likelihood back to noise, so many as the level demands."""
     o, model = direct.options, direct.model
     steps = o.steps if len(direct.block) > 1 else 1
+    t = 1 - torch.arange(steps + 1, dtype=DOUBLE) / steps
+    alpha = SCHEDULES[model.config.schedule](t)[0].tolist()
     for k in range(steps):
-        alpha_t, alpha_s = k / steps, (k + 1) / steps
-        late_enough = k >= o.warmup and (k - o.warmup) % o.guide_every == 0
-        guided = o.sampler == "arpc" and late_enough and k < steps - 1
+        guided = o.sampler == "arpc" and k in range(steps - 1)[o.warmup :: o.guide_every]
+        target = 1.0 if guided else alpha[k + 1]
         logits = direct.diffusion(xt)
         for i in direct.free:
-            old, u = torch.tensor(xt[i]), direct.uniform(sample.REVEAL, k, i)
-            probs = direct.law(logits[i])
-            xt[i] = int(
-                model.noise.step(
-                    probs, old, 1.0 if guided else alpha_s, alpha_t, u
-                )
-            )
+            u = direct.uniform(sample.REVEAL, k, i)
+            probs, old = direct.law(logits[i]), torch.tensor(xt[i])
+            xt[i] = int(model.noise.step(probs, old, target, alpha[k], u))
         if guided:
             ar = direct.ar(xt, k)
-            score = {
-                i: -ar[i].log_softmax(-1)[xt[i]].item() for i in direct.free
-            }
-            count = max(1, round((1 - alpha_s) * len(direct.block)))
+            score = {i: -ar[i].log_softmax(-1)[xt[i]].item() for i in direct.free}
+            count = max(1, round((1 - alpha[k + 1]) * len(direct.block)))
             for i in sorted(direct.free, key=score.get, reverse=True)[:count]:
                 xt[i] = direct.noise(sample.RENOISE, k + 1, i)
     for i in direct.free:
@@ -1621,11 +1129,10 @@ def confidence_by_hand(direct, xt):
     k, free = 0, direct.free
     while free:
         logits = direct.diffusion(xt)
-        drawn = {}
+        drawn, confidence = {}, {}
         for i in free:
-            u = direct.uniform(sample.REVEAL, k, i)
-            drawn[i] = int(draw(direct.law(logits[i]), u))
-        confidence = {i: logits[i].softmax(-1)[drawn[i]].item() for i in free}
+            drawn[i] = int(draw(direct.law(logits[i]), direct.uniform(sample.REVEAL, k, i)))
+            confidence[i] = logits[i].softmax(-1)[drawn[i]].item()
         likeliest = max(free, key=confidence.get)
         for i in free:
             if i == likeliest or confidence[i] > direct.options.threshold:
@@ -1634,50 +1141,18 @@ def confidence_by_hand(direct, xt):
         k += 1
 
 
-def draft_by_hand(direct, xt):
-    """Speculative decoding: draw all free tokens from q; then, from left to right, keep a token
-    with probability min(1, p / q); instead of the first that is not kept, draw from what p has
-    more than q, and stop."""
-    logits = direct.diffusion(xt)
-    q = {i: direct.law(logits[i]) for i in direct.free}
-    for i in direct.free:
-        xt[i] = int(draw(q[i], direct.uniform(sample.REVEAL, 0, i)))
-    ar = direct.ar(xt, 0)
-    for i in direct.free:
-        p, x = direct.law(ar[i]), xt[i]
-        if direct.uniform(sample.ACCEPT, 0, i) < p[x] / q[i][x]:
-            direct.tokens[i] = x
-            continue
-        rest = (p - q[i]).clamp(min=0)
-        direct.tokens[i] = int(
-            draw(rest, direct.uniform(sample.RESIDUAL, 0, i))
-        )
-        return
-
-
-BY_HAND = dict.fromkeys(["ancestral", "ar", "arpc"], steps_by_hand)
-BY_HAND.update(confidence=confidence_by_hand, speculative=draft_by_hand)
-
+BY_HAND = {**dict.fromkeys(FILL, steps_by_hand), "confidence": confidence_by_hand}
 
 GIVEN = torch.full((3, 45), -1)  # the context is 21 tokens
 GIVEN[0, :30] = 1
 GIVEN[1, 3:9] = 2
 GIVEN[1, 20:23] = 4
 GIVEN[2, :13] = 3
-VARIANTS = [dict(sampler=name) for name in FILL]
+VARIANTS = [dict(sampler=name) for name in ("ancestral", "ar", "arpc", "confidence")]
 VARIANTS += [
-    dict(
-        sampler="arpc",
-        warmup=1,
-        guide_every=2,
-        steps=6,
-        top_k=0,
-        temperature=1.0,
-    )
+    dict(sampler="arpc", warmup=1, guide_every=2, steps=6, top_k=0, temperature=1.0),
+    dict(sampler="speculative", temperature=0.0),
 ]
-VARIANTS += [
-    dict(sampler="speculative", block_size=2, temperature=5.0)
-]  # accepts whole drafts
 
 
 @NAN_CACHE
@@ -1685,85 +1160,59 @@ VARIANTS += [
 @EACH_NOISE
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @torch.no_grad()
-def test_samplers_equal_direct_implementations(
-    variant, noise, token_causal, ar
-):
+def test_samplers_equal_direct_implementations(variant, noise, token_causal, ar):
     """Token for token, beyond the context too; so the cache, the other rows of a batch, and what
-    has left the context change nothing. In float64, so that no rounding decides a draw.
-    """
-    model = tiny(noise, ar=ar, token_causal=token_causal).double()
-    options = dict(
-        block_size=5, steps=4, threshold=0.3, temperature=0.7, top_k=4, seed=5
-    )
+    has left the context change nothing. In float64, so that no rounding decides a draw."""
+    schedule = "cosine" if noise == "uniform" else "linear"
+    model = tiny(noise, ar=ar, token_causal=token_causal, schedule=schedule).double()
+    options = dict(block_size=5, steps=4, threshold=0.3, temperature=0.7, top_k=4, seed=5)
     options |= variant
     if not token_causal and options["sampler"] in ("arpc", "speculative"):
         with pytest.raises(UserError, match="block-causal"):
             samples(model, 3, **options)
         return
-    direct = [
-        Direct(model, GIVEN[i].tolist(), i, **options).write() for i in range(3)
-    ]
     tokens, stats = generate(model, 3, 45, given=GIVEN, **options)
-    assert stats["tokens"] == (GIVEN < 0).sum()
-    if options["sampler"] == "speculative":  # there rows wait for each other
-        alone = partial(samples, model, 1, 45, **options)
-        tokens = torch.cat(
-            [alone(given=GIVEN[i : i + 1], first_row=i) for i in range(3)]
-        )
-    assert tokens.tolist() == direct
+    noise_matters = ar == "paper" and noise != "masked"  # the two draw other noise for the AR side
+    if not (options["sampler"] == "speculative" and noise_matters):
+        for i in range(3):
+            assert tokens[i].tolist() == Direct(model, GIVEN[i].tolist(), i, **options).write()
     if variant == dict(sampler="arpc"):
         # Blocks of 5, 5, 5, 5, 1 tokens; then, in contexts whose first ten tokens are kept, twice
         # 5, 5, 1; at last 2. A block takes 2 steps - 1 passes, a single token one.
         assert stats["nfe"] == 9 * 7 + 3
 
 
-def plain_scores(a, d, x, revealed):
-    """The criteria as formulas: a and d (30, V) are the probabilities on the AR and on the
-    diffusion side."""
+def test_criteria_equal_their_formulas():
+    """Some tokens were revealed before: there the diffusion side is a point mass."""
+    torch.manual_seed(0)
+    noise = NOISES["masked"](6)
+    ar, diffusion = torch.randn(2, 30, 6, dtype=DOUBLE)
+    x = torch.randint(0, 6, (30,))
+    revealed = torch.rand(30) < 0.4
+    xt = torch.where(revealed, x, noise.mask)
+    run = SimpleNamespace(model=SimpleNamespace(noise=noise), verify=lambda *_: ar[None])
+    proposal = sample.Proposal(run, x[None], xt[None], diffusion[None], 0)
+
+    p = ar.softmax(-1)
+    q = torch.where(revealed[:, None], F.one_hot(x, 6).double(), diffusion.softmax(-1))
+    nll = -blockgen.at_index(p, x).log()
+    first, second = q.sort(-1, descending=True).values.T[:2]
     divergence = torch.distributions.kl_divergence
-    nll = -blockgen.at_index(a, x).log()
-    first, second = d.sort(-1, descending=True).values.T[:2]
-    ar, diffusion = (torch.distributions.Categorical(probs) for probs in (a, d))
-    return dict(
-        kld=torch.where(revealed, nll, divergence(ar, diffusion)),
-        reverse_kld=divergence(diffusion, ar),
-        tvd=(a - d).abs().sum(-1) / 2,
+    P, Q = (torch.distributions.Categorical(probs) for probs in (p, q))
+    expected = dict(
+        kld=torch.where(revealed, nll, divergence(P, Q)),
+        reverse_kld=divergence(Q, P),
+        tvd=(p - q).abs().sum(-1) / 2,
         ar_nll=nll,
-        ar_gap=a.max(-1).values.log() + nll,
-        ar_entropy=ar.entropy(),
-        diffusion_entropy=diffusion.entropy(),
+        ar_gap=p.max(-1).values.log() + nll,
+        ar_entropy=P.entropy(),
+        diffusion_entropy=Q.entropy(),
         diffusion_confidence=-first,
         diffusion_margin=second - first,
     )
-
-
-@EACH_NOISE
-def test_criteria_equal_their_formulas(noise):
-    """Under masked noise some tokens were revealed before: there the diffusion side is a point
-    mass."""
-    torch.manual_seed(0)
-    noise = NOISES[noise](6)
-    ar, diffusion = torch.randn(2, 30, 6, dtype=DOUBLE)
-    x, other = torch.randint(0, 6, (2, 30))
-    revealed = (torch.rand(30) < 0.4) & (noise.token_share == 0)
-    xt = torch.where(revealed, x, other if noise.mask is None else noise.mask)
-    model = SimpleNamespace(noise=noise)
-    run = SimpleNamespace(model=model, verify=lambda *_: ar[None])
-    proposal = sample.Proposal(run, x[None], xt[None], diffusion[None], 0)
-    d = torch.where(
-        revealed[:, None], F.one_hot(x, 6).double(), diffusion.softmax(-1)
-    )
-    expected = plain_scores(ar.softmax(-1), d, x, revealed)
     assert {*expected, "random"} == set(CRITERIA)
     for name, scores in expected.items():
         assert close(CRITERIA[name](proposal)[0], scores, 1e-6)
-
-
-def test_the_schedule_is_the_one_of_training():
-    write = partial(samples, rows=8, sampler="ancestral", block_size=7, steps=4)
-    assert not torch.equal(
-        write(tiny(schedule="linear")), write(tiny(schedule="cosine"))
-    )
 
 
 def test_a_sampler_that_decides_nothing_is_an_error(monkeypatch):
@@ -1772,25 +1221,22 @@ def test_a_sampler_that_decides_nothing_is_an_error(monkeypatch):
         samples(tiny(), 2, sampler="confidence")
 
 
-@EACH_SAMPLER
+@pytest.mark.parametrize("sampler", FILL)
 def test_rows_stop_at_their_end_token(sampler):
     """The prompt's own end tokens do not count, nor do those before something given. Rows that
     have ended cost no passes."""
-    model = tiny()
-    end = 3
+    model, end = tiny(), 3
     model.head_bias.data[end] = 6.0  # likely
     given = torch.full((6, 21), -1)
     given[:, :4] = end
-    given[0, 20] = 7
-    options = dict(sampler=sampler, block_size=2, steps=2)
-    tokens = samples(model, 6, given=given, stop=end, **options)
-    assert tokens[0, 20] == 7
+    given[0, 20] = 0
+    options = dict(sampler=sampler, block_size=2, steps=2, stop=end)
+    tokens = samples(model, 6, given=given, **options)
+    assert tokens[0, 20] == 0
     for row in tokens[1:, 4:].tolist():
         assert set(row[row.index(end) :]) == {end}
-    _, early = generate(model, 5, 21, given=given[1:], stop=end, **options)
-    _, late = generate(model, 5, 21, given=given[1:], **options)
-    assert early["nfe"] < late["nfe"]
-    assert early["tokens"] < late["tokens"]
+    _, stats = generate(model, 5, 21, given=given[1:], **options)
+    assert stats["nfe"] < 17  # as many as there are free tokens
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1806,10 +1252,9 @@ def write_checkpoint(path, letters, end_bias=0.0, **config):
     tokenizer = dict(kind="char", tokens=tokens, vocab_size=end + 1, end=end)
     model = tiny(vocab_size=end + 1, **config)
     model.head_bias.data[end] += end_bias
-    content = dict(
-        config=asdict(model.config), model=model.state_dict(), args={}
-    )
-    blockgen.save_checkpoint(path, meta=dict(tokenizer=tokenizer), **content)
+    meta = dict(tokenizer=tokenizer)
+    config = asdict(model.config)
+    blockgen.save_checkpoint(path, meta=meta, config=config, model=model.state_dict(), args={})
 
     def logits(x):
         hidden = model.predictions(x[None], x[None], torch.tensor([1]))[1]
@@ -1821,205 +1266,121 @@ def write_checkpoint(path, letters, end_bias=0.0, **config):
 def write_transformer(folder, letters, seq_len, seed):
     """The same of a random GPT-2 for the package transformers."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     vocab = {letter: i for i, letter in enumerate([*letters, END])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     tokenizer.decoder = tokenizers.decoders.Fuse()
     fast = transformers.PreTrainedTokenizerFast
-    fast(
-        tokenizer_object=tokenizer, eos_token=END, bos_token=END
-    ).save_pretrained(folder)
-    shape = dict(
-        n_positions=seq_len,
-        n_embd=8,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.5,
-    )
+    fast(tokenizer_object=tokenizer, eos_token=END, bos_token=END).save_pretrained(folder)
+    shape = dict(n_positions=seq_len, n_embd=8, n_layer=2, n_head=2, initializer_range=0.5)
     config = transformers.GPT2Config(vocab_size=len(vocab), **shape)
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(folder)
     return lambda x: model(x[None]).logits[0, :-1]
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """The rows that generate() writes for sample.py, whose tables have one line."""
-    rows = []
-
-    def recording(*args, **options):
-        tokens, stats = generate(*args, **options)
-        rows.extend(tokens.tolist())
-        return tokens, stats
-
-    monkeypatch.setattr(sample, "generate", recording)
-    monkeypatch.setattr(sample, "GRID", [dict(sampler="ar")])
-    return rows
+def run_sample(capsys, *flags):
+    """What sample.py prints."""
+    call(sample, *flags)
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("write", [None, write_checkpoint, write_transformer])
 @torch.no_grad()
-def test_perplexity_entropy_and_bits(write, recorded, tmp_path, capsys):
+def test_perplexity_entropy_and_bits(write, monkeypatch, tmp_path, capsys):
     """Of a table of texts, against a plain computation. A judge with another vocabulary and a
     shorter context reads the beginning alone; the first token is free of charge, and the end
     token counts where there is one."""
-    ours, path = "abcdefé", tmp_path / "model.pt"
-    logits = write_checkpoint(
-        path, ours, end_bias=1.5
-    )  # some texts end, not all
-    flags = [f"--ckpt={path}", "--table", "--num_samples=9", "--batch_size=4"]
-    theirs, longest = ours, 21
+    monkeypatch.setattr(sample, "GRID", [dict(sampler="ar")])
+    ours = theirs = "abcdefé∎"  # the last one ends a text
+    longest = 21
+    logits = write_checkpoint(tmp_path / "model.pt", ours[:-1], end_bias=1.5)
+    flags = [f"--ckpt={tmp_path}/model.pt", "--table", "--num_samples=9", "--batch_size=4"]
     if write:
-        theirs, longest = "xéfedcba", 9
-        logits = write(tmp_path / "judge", theirs, seq_len=longest, seed=1)
+        theirs, longest = "xéfedcba∎", 9
+        logits = write(tmp_path / "judge", theirs[:-1], seq_len=longest, seed=1)
         flags.append(f"--judge={tmp_path}/judge")
-    call(sample, *flags)
-    figures = capsys.readouterr().out.split()[-4:]
+    figures = run_sample(capsys, *flags).split()[-4:]
+
+    model, _ = blockgen.load_checkpoint(tmp_path / "model.pt")
+    rows = samples(model, 9, sampler="ar", stop=7).tolist()
     sums, entropies = [], []
-    for row in recorded:
+    for row in rows:
         row = row[: row.index(7) + 1] if 7 in row else row
         share = np.bincount(row) / len(row)
         entropies.append(-sum(p * math.log(p) for p in share if p))
-        read = [theirs.find(ours[i]) if i < 7 else len(theirs) for i in row]
-        x = torch.tensor(read[:longest])
+        x = torch.tensor([theirs.find(ours[i]) for i in row[:longest]])
         nats = F.cross_entropy(logits(x), x[1:], reduction="sum").item()
-        text = "".join(theirs[i] for i in x[1:] if i < len(theirs))
+        text = "".join(theirs[i] for i in x[1:]).rstrip("∎")
         sums.append((nats, len(x) - 1, len(text.encode())))
-    assert 0 < sum(7 in row for row in recorded) < 9
+    assert 0 < sum(7 in row for row in rows) < 9  # some texts end, not all
     nats, tokens, n_bytes = np.array(sums).T
     mean = nats.sum() / tokens.sum()
     error = np.linalg.norm(nats - mean * tokens) / tokens.sum()
     bits = nats.sum() / math.log(2) / n_bytes.sum()
-    expected = [
-        math.exp(mean),
-        math.exp(mean) * error,
-        np.mean(entropies),
-        bits,
-    ]
+    expected = [math.exp(mean), math.exp(mean) * error, np.mean(entropies), bits]
     assert [float(x) for x in figures] == pytest.approx(expected, abs=6e-3)
-
-
-PUZZLES = [
-    ("a+a", "#### 2"),
-    ("b+a", "#### 3"),
-    ("sort ba", "ab"),
-    ("a" * 30, "#### 9"),
-]
 
 
 @pytest.fixture
 def puzzles(tmp_path):
-    """Flags for a dataset of problems, and for a model that was trained on something else."""
-    lines = [
-        json.dumps(dict(question=question, answer=answer))
-        for question, answer in PUZZLES
-    ]
-    path = tmp_path / "puzzles.jsonl"
-    path.write_text("\n".join(lines))
-    files = dict(input=str(path), test=str(path))
-    prepare("problems", tmp_path, tokenizer="char", seq_len=64, **files)
+    """Flags for a model, and for a dataset of problems that it was not trained on."""
+    problems = ("a+a", "#### 2"), ("b+a", "#### 3"), ("sort ba", "ab"), ("a" * 30, "#### 9")
+    lines = [json.dumps(dict(question=q, answer=a)) for q, a in problems]
+    os.mkdir(tmp_path / "puzzles")
+    (tmp_path / "puzzles" / "val.jsonl").write_text("\n".join(lines))
     write_checkpoint(tmp_path / "ckpt.pt", "#+ 2349abort s", seq_len=24)
-    dataset = [f"--data_dir={tmp_path}", "--dataset=problems"]
-    return [f"--ckpt={tmp_path}/ckpt.pt"], dataset
+    return f"--ckpt={tmp_path}/ckpt.pt", f"--data_dir={tmp_path}", "--dataset=puzzles"
 
 
 def test_problems_of_another_dataset(puzzles, monkeypatch, capsys):
     """The model's tokenizer encodes them; an answer begins behind the question and ends at the
-    first end token; a question that does not fit is counted as wrong."""
-    ckpt, dataset = puzzles
-    encode, _ = load_tokenizer(
-        blockgen.read_checkpoint(ckpt[0][7:])["meta"]["tokenizer"]
-    )
+    end token; a question that does not fit is counted as wrong."""
 
     def always_says_two(model, n, length, *, given, stop, **options):
-        tokens = given.clone()
-        for row in tokens:
-            free = row < 0
-            text = encode("#### 2") + [stop] + encode("ab" * 12)
-            row[free] = torch.tensor(text)[: free.sum()]
-        return tokens, dict(nfe=7, tokens=1, seconds=1.0)
+        answer = torch.tensor([0, 0, 0, 0, 2, 3] + [stop] * length)  # "####", " ", "2"
+        free = given < 0
+        return torch.where(free, answer[free.cumsum(1) - 1], given), dict(nfe=7)
 
     monkeypatch.setattr(sample, "generate", always_says_two)
     monkeypatch.setattr(sample, "GRID", [dict(sampler="ar")])
-    call(
-        sample, *ckpt, *dataset, "--table", "--num_samples=4", "--batch_size=3"
-    )
-    out = capsys.readouterr().out
-    assert "1 too long" in out
-    quality, error = out.splitlines()[-1].split()[2:4]
-    assert (quality, error) == ("0.250", "0.217")  # sqrt(3 / 16 / 4)
-    for problem, verdict in ((0, "a+a\n#### 2= 2.0, right\n"), (1, "wrong")):
-        call(sample, *ckpt, *dataset, f"--problem={problem}")
-        assert verdict in capsys.readouterr().out
+    out = run_sample(capsys, *puzzles, "--table", "--num_samples=4", "--batch_size=3")
+    assert "1 of them too long" in out
+    assert out.split()[-3:] == ["7.0", "0.250", "0.217"]  # sqrt(3 / 16 / 4)
+    assert "a+a\n#### 2= 2.0, right\n" in run_sample(capsys, *puzzles, "--problem=0")
+    assert "wrong" in run_sample(capsys, *puzzles, "--problem=1")
 
 
 def test_texts_prompts_and_templates(tmp_path, capsys):
     write_checkpoint(tmp_path / "ckpt.pt", "abcdef _")
-
-    def run(*flags):
-        call(sample, f"--ckpt={tmp_path}/ckpt.pt", *flags)
-        return capsys.readouterr().out
-
-    out = run(
-        "--num_samples=3",
-        "--batch_size=2",
-        "--length=50",
-        "--seed=3",
-        "--top_k=3",
-    )
+    run = partial(run_sample, capsys, f"--ckpt={tmp_path}/ckpt.pt")
+    out = run("--num_samples=3", "--batch_size=2", "--length=50", "--seed=3", "--top_k=3")
     *texts, last = out.split("\n" + "-" * 80 + "\n")
     assert len(texts) == 3 and last.startswith("nfe ")
     assert 21 < len(texts[0]) <= 50
-    text = run(
-        "--template=__[2 tokens]b[1 token]", "--sampler=confidence"
-    ).split("\n")[0]
+    text = run("--template=__[2 tokens]b[1 token]", "--sampler=confidence").split("\n")[0]
     assert text.startswith("__") and len(text) <= 6
     out = run("--prompt=ab", "--sampler=arpc", "--watch")
     assert "\nab" in out
-    assert (
-        re.search(r"\| ab.*[-]._?", out) and "\033" not in out
-    )  # colors are for a terminal
-    greedy = partial(run, "--sampler=ar", "--temperature=0")
-    assert (
-        greedy("--seed=1").split("\n")[0] == greedy("--seed=2").split("\n")[0]
-    )
+    assert re.search(r"\| ab.*[-]._?", out) and "\033" not in out  # colors are for a terminal
 
 
 SAMPLE_REFUSES = [
     ("--block_size=0", "block_size"),
     ("--temperature=nan", "temperature"),
     ("--prompt=aaaaaaaaaaaaaaaaaaaaaaaaa", "25 tokens"),
-    ("--template=a__b", "[2 tokens]"),
     ("--prompt=a --template=[1_token]", "exclude"),
-    ("--problem=4", "dataset"),
-    ("--problem=4 {dataset}", "0 to 3"),
-    ("--problem=3 {dataset}", "length"),
-    ("--plot=nowhere/x.png", "nowhere"),
+    ("--template=a__b", "[2 tokens]"),
+    ("--problem=4", "below 4"),
+    ("--problem=3", "length"),
+    ("--table --judge=gpt2", "judge"),
 ]
 
 
 @pytest.mark.parametrize("flags, word", SAMPLE_REFUSES)
 def test_sample_refuses(puzzles, flags, word):
-    ckpt, dataset = puzzles
-    flags = flags.format(dataset=" ".join(dataset)).split()
-    assert word in refusal(sample, *ckpt, *flags)
-
-
-def test_a_picture_of_two_tables(recorded, puzzles, tmp_path):
-    matplotlib = pytest.importorskip("matplotlib")
-    ckpt, _ = puzzles
-    path = tmp_path / "x.svg"
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        call(
-            sample,
-            f"{ckpt[0]},{tmp_path}/ckpt.pt",
-            f"--plot={path}",
-            "--length=8",
-        )
-    words = re.findall(r"<text[^>]*>([^<]*)", path.read_text())
-    assert words.count("network passes") == words.count("perplexity") == 2
-    assert {"ar", "8"} <= set(words)
-    assert f"{tmp_path.name}: masked noise" in words
+    assert word in refusal(sample, *puzzles, *flags.split())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2067,7 +1428,7 @@ def toy(toy_data, tmp_path):
     """A function that makes args, config, data, val and meta of some flags."""
 
     def make(*more):
-        args, config = train.read_flags(toy_flags(toy_data, tmp_path / "out", *more))
+        args, config, _ = train.read_flags(toy_flags(toy_data, tmp_path / "out", *more))
         return args, config, *train.load_data(args, config.seq_len)
 
     return make
@@ -2078,7 +1439,7 @@ same = partial(torch.testing.assert_close, rtol=0, atol=0)  # bit for bit, in di
 
 def test_batches_are_stratified_and_made_of_rows(toy):
     args, config, data, _, meta = toy("--block_sizes=1,5,24 --block_weights=1,2,1 --ar=paper")
-    mixture = train.make_mixture(args, config.ar)
+    mixture, _ = train.make_mixture(args, config.ar)
     for step in range(20):
         draw_rows = partial(train.draw_batch, data, meta, mixture, args, step)
         batch = draw_rows(torch.arange(8))
@@ -2103,18 +1464,23 @@ def test_each_noise_level_is_uniform():
 
 def test_under_shift_every_row_has_block_size_1():
     args = train.Settings(block_sizes=(1, 5, 24), block_weights=(1, 2, 1))
-    sizes, weights, ar_weight = train.make_mixture(args, "shift")
-    assert sizes.tolist() == [5, 24]
-    assert [*weights, ar_weight] == pytest.approx([2 / 3, 1 / 3, 1 / 4])
+    mixture, ar_weight = train.make_mixture(args, "shift")
+    assert mixture == pytest.approx({5: 2 / 3, 24: 1 / 3})
+    assert ar_weight == 1 / 4
 
 
-def test_rows_of_texts_and_of_problems(toy):
-    """Of a text one at every position."""
-    _, _, data, *_ = toy()
-    assert np.array_equal(data[1000, 10:], data[1010, :-10])
-    _, _, data, _, meta = toy("--dataset=puzzles")
-    x0, given = train.read_rows(data, torch.tensor([7]), meta)
-    assert given.sum() == x0[0].tolist().index(0) + 1
+def test_rows_of_a_text_begin_anywhere(toy_data, toy):
+    """Those for validation are spread over all of it, even over two billion."""
+    length = 2**31
+    write_data(toy_data / "large", [1] * 99, range(12))
+    with open(toy_data / "large" / "val.bin", "ab") as file:
+        file.truncate(2 * length - 48)  # the rest is zero and takes no memory
+        file.seek(0, 2)
+        np.arange(24, dtype=np.uint16).tofile(file)
+    _, _, data, val, _ = toy("--dataset=large --eval_seqs=100")
+    assert data.shape == (76, 24)
+    assert len(val.x0) == 100 and val.x0[:99].sum() == 66
+    assert val.x0[-1].tolist() == [*range(24)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2129,14 +1495,6 @@ def test_learning_rate():
     assert train.learning_rate(args, 500) == 2
 
 
-def take_step(optimizer, matrices, size):
-    for p in matrices:
-        torch.manual_seed(p.numel())
-        p.grad = size * torch.randn_like(p)
-    optimizer.param_groups[0]["lr"] = 0.3
-    optimizer.step()
-
-
 def test_muon_is_torchs_in_float32(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's, exact
     shapes = (12, 4), (4, 12), (12, 4), (6, 6)
@@ -2145,8 +1503,11 @@ def test_muon_is_torchs_in_float32(monkeypatch):
     ours = train.Muon(matrices, train.Settings(weight_decay=0.2))
     theirs = torch.optim.Muon(others, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
     for size in (1, 1e-6, 3):
-        take_step(ours, matrices, size)
-        take_step(theirs, others, size)
+        for p, other in zip(matrices, others):
+            p.grad = other.grad = size * torch.randn_like(p)
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 0.3
+            optimizer.step()
         assert all(map(partial(close, tolerance=1e-5), matrices, others))
 
 
@@ -2202,7 +1563,7 @@ def crash(*_):
 
 
 CRASHES = pytest.raises(RuntimeError, match="a bug")
-RESUMED = ["--dropout=0.1", "--noise=uniform --ar=paper", "--dataset=puzzles --optimizer=adamw"]
+RESUMED = ["--dropout=0.1 --noise=uniform --ar=paper", "--dataset=puzzles --optimizer=adamw"]
 
 
 @pytest.mark.parametrize("flags", RESUMED)
@@ -2230,12 +1591,6 @@ def test_resuming_equals_not_interrupting(toy_data, tmp_path, monkeypatch, capfd
     assert log_of(part) == log_of(whole)
 
 
-def test_flags_that_change_on_resuming_do_something(toy_data, tmp_path):
-    run_toy(toy_data, tmp_path)
-    _, rest = go_on(tmp_path, "--max_iters=5", "--beta2=0.5")["optimizers"]
-    assert rest["param_groups"][0]["betas"] == (0.9, 0.5)
-
-
 STOPS = """
 import os, train
 train.evaluate = lambda *_: [os.kill(os.getpid(), number) for number in (2, 15)]
@@ -2252,31 +1607,9 @@ def test_a_second_signal_ends_the_process_at_once(toy_data, tmp_path):
 
 
 GRADIENTS = "--max_iters=3 --eval_interval=3 --grad_clip=0 --optimizer=adamw --warmup_iters=1"
-
-
-def check_alike(one, other):
-    """Equal averages of the gradients, by AdamW, and logs. A sum in another order moves a gradient
-    by 1e-6 of the largest. (A weight whose gradient is zero but for rounding is moved by AdamW as
-    any other.)"""
-    contents = [read_checkpoint(out / "ckpt.pt")["optimizers"] for out in (one, other)]
-    for a, b in zip(*contents):
-        for index, state in a["state"].items():
-            p, q = state["exp_avg"], b["state"][index]["exp_avg"]
-            assert close(p, q, 1e-3 * p.abs().max() + 1e-8)
-    for a, b in zip(log_of(one), log_of(other), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-
-
-@pytest.mark.parametrize("flags", ["--ar=paper", "--dataset=puzzles"])
-def test_parts_change_nothing(toy_data, tmp_path, flags):
-    run_toy(toy_data, tmp_path / "one", GRADIENTS, flags)
-    run_toy(toy_data, tmp_path / "parts", GRADIENTS, flags, "--grad_accum=3")
-    check_alike(tmp_path / "one", tmp_path / "parts")
-
-
 TOGETHER = {  # runs of two processes
-    "paper": f"{GRADIENTS} --noise=masked --ar=paper --lr_decay=constant",
-    "shift": f"{GRADIENTS} --noise=uniform --ar=shift",
+    "paper": f"{GRADIENTS} --ar=paper --lr_decay=constant",
+    "parts": f"{GRADIENTS} --noise=uniform --dataset=puzzles --grad_accum=3",
     "one row": f"{GRADIENTS} --batch_size=1",  # a process has no part
     "signal": "--max_iters=1000",
     "bug": "",
@@ -2319,20 +1652,31 @@ def together(toy_data, tmp_path_factory):
     return folder, [process.communicate(timeout=90) for process in processes], processes
 
 
-@pytest.mark.parametrize("name", ["paper", "shift", "one row"])
-def test_two_processes_do_what_one_does(toy_data, tmp_path, together, name):
+def check_alike(one, other):
+    """Equal averages of the gradients, by AdamW, and logs. A sum in another order moves a gradient
+    by 1e-6 of the largest. (A weight whose gradient is zero but for rounding is moved by AdamW as
+    any other.)"""
+    contents = [read_checkpoint(out / "ckpt.pt")["optimizers"] for out in (one, other)]
+    for a, b in zip(*contents):
+        for index, state in a["state"].items():
+            p, q = state["exp_avg"], b["state"][index]["exp_avg"]
+            assert close(p, q, 1e-3 * p.abs().max() + 1e-8)
+    for a, b in zip(log_of(one), log_of(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["paper", "parts", "one row"])
+def test_two_processes_and_parts_do_what_one_does(toy_data, tmp_path, together, name):
+    """And one goes on from two."""
     folder, [(out, error), (silent, _)], _ = together
+    one, two = tmp_path / "one", tmp_path / "two"
     assert silent == "" and out.count(f"--ckpt={folder}/{name}/") == 1, error
-    run_toy(toy_data, tmp_path / "one", TOGETHER[name])
-    check_alike(tmp_path / "one", folder / name)
-
-
-def test_one_process_goes_on_from_two(toy_data, tmp_path, together):
-    shutil.copytree(together[0] / "paper", tmp_path / "two")
-    go_on(tmp_path / "two", "--max_iters=5")
-    run_toy(toy_data, tmp_path / "one", TOGETHER["paper"])
-    go_on(tmp_path / "one", "--max_iters=5")
-    check_alike(tmp_path / "one", tmp_path / "two")
+    run_toy(toy_data, one, TOGETHER[name], "--grad_accum=1")
+    shutil.copytree(folder / name, two)
+    check_alike(one, two)
+    for out in (one, two):
+        go_on(out, "--max_iters=5")
+    check_alike(one, two)
 
 
 def test_what_stops_one_process_stops_both(together):
@@ -2362,14 +1706,11 @@ def test_a_failing_evaluation_loses_no_step(toy_data, tmp_path, monkeypatch):
 
 
 def test_one_failing_save_is_told_and_the_last_is_an_error(toy_data, tmp_path, monkeypatch, capsys):
-    def full(path, **content):
-        raise OSError("disk full")
-
+    full = Mock(side_effect=OSError("disk full"))
     monkeypatch.setattr(train, "save_checkpoint", full)
     with pytest.raises(OSError, match="disk full"):
         run_toy(toy_data, tmp_path, "--eval_interval=1")
-    err = capsys.readouterr().err
-    assert "step 3 is not saved, the run goes on: disk full" in err
+    assert "step 3 is not saved, the run goes on: disk full" in capsys.readouterr().err
 
 
 def test_best_weights_are_those_of_the_best_validation(toy_data, tmp_path, monkeypatch):
@@ -2380,11 +1721,12 @@ def test_best_weights_are_those_of_the_best_validation(toy_data, tmp_path, monke
 
     def validation(model, *more):
         averages.append(copy.deepcopy(model.state_dict()))
-        return torch.full((2,), next(figures)), None
+        return torch.full((2,), next(figures))
 
     monkeypatch.setattr(train, "evaluate", validation)
     run_toy(toy_data, tmp_path, "--block_weights=0.25,0.75 --eval_interval=2")
-    content = go_on(tmp_path, "--max_iters=6")
+    content = go_on(tmp_path, "--max_iters=6", "--beta2=0.5")
+    assert content["optimizers"][1]["param_groups"][0]["betas"] == (0.9, 0.5)
     assert content["best_loss"] == 2
     same(content["average"], averages[-1])
     same(content["best"], averages[2])
@@ -2435,7 +1777,7 @@ def test_model_learns_a_markov_chain(toy_data, tmp_path, capsys, noise):
     assert 0.6 < found[4] < 1.35
     out, err = capsys.readouterr()
     assert "unigram entropy 2.200 nats" in out
-    assert f"saved step 300: python sample.py --ckpt={tmp_path}/ckpt.pt" in out
+    assert f"at step 300: python sample.py --ckpt={tmp_path}/ckpt.pt" in out
     assert err.count("it/s") < 8
 
 
@@ -2448,53 +1790,25 @@ def test_model_learns_a_markov_chain(toy_data, tmp_path, capsys, noise):
 @torch.no_grad()
 def test_validation_at_block_size_1_is_the_exact_likelihood(toy, dataset, ar):
     """Of problems, that of the answer and one end token."""
-    _, _, _, data, meta = toy(f"--dataset={dataset}")
+    *_, val, meta = toy(f"--dataset={dataset}")
     model = tiny(vocab_size=12, seq_len=24, ar=ar)
-    exact, lengths = train.evaluate(model, data, meta, 1, 2)
-    x0 = torch.from_numpy(data[[0, len(data) - 1]].astype(np.int64))
-    logits = model.verify(x0, model.new_cache(2))
-    nats = F.cross_entropy(logits.mT, x0, reduction="none")
+    exact = train.evaluate(model, val, 1, draws=2)
+    logits = model.verify(val.x0, model.new_cache(8))
+    nats = F.cross_entropy(logits.mT, val.x0, reduction="none")
     begin, end = 0, 24
-    for i, row in enumerate(x0.tolist()):
+    for i, row in enumerate(val.x0.tolist()):
         if dataset == "puzzles":
             begin = row.index(0) + 1
             end = row.index(0, begin) + 1
-        assert lengths[i] == end - begin
         assert close(exact[i], nats[i, begin:end].mean(), 1e-4)
 
 
-def test_validation_does_not_depend_on_the_batch_size(toy):
-    _, _, _, data, meta = toy()
-    model = tiny(vocab_size=12, seq_len=24)
-    (a, _), (b, _) = (train.evaluate(model, data, meta, 5, 11, 3, size) for size in (1, 64))
-    assert close(a, b, 1e-4)
-
-
-class LevelsModel:
-    """Its loss is the noise level."""
-
-    device = "cpu"
-
-    def __call__(self, batch):
-        return batch.t
-
-
 def test_evaluation_averages_all_noise_levels(toy):
-    _, _, _, data, meta = toy()
-    means = []
-    for seed in range(300):
-        nats, _ = train.evaluate(LevelsModel(), data, meta, 4, 3, 3, seed=seed)
-        means.append(nats)
-    means = torch.stack(means)
-    assert means.mean() == pytest.approx(0.5, abs=0.01)
-    assert means.std() < 0.2  # of three draws, each spread evenly over [0, 1]
-
-
-def test_evaluation_reads_two_billion_rows_to_the_last():
-    """A float32 would go past it."""
-    data = np.broadcast_to(np.uint16(0), (2**31, 24))  # takes no memory
-    nats, _ = train.evaluate(LevelsModel(), data, {}, 4, 100)
-    assert nats.isfinite().all()
+    *_, val, _ = toy("--eval_seqs=300")
+    levels_model = Mock(device="cpu", side_effect=lambda batch: batch.t)
+    nats = train.evaluate(levels_model, val, 4, draws=3)
+    assert nats.mean() == pytest.approx(0.5, abs=0.01)
+    assert 0 < nats.std() < 0.1  # of three draws, each spread evenly over [0, 1]
 
 
 def test_figures_of_sequences():
@@ -2537,12 +1851,11 @@ def likelihood_table(capsys, *flags):
     """{block size or name: nats}"""
     capsys.readouterr()
     call(train, "--eval_only", "--device=cpu", *flags)
-    _, *lines = capsys.readouterr().out.splitlines()
-    rows = [re.search(r" *(.+): ([\d.]+) ", line).groups() for line in lines]
+    rows = re.findall(r"^ *(.+): ([\d.]+) ", capsys.readouterr().out, re.MULTILINE)
     return {name: float(nats) for name, nats in rows}
 
 
-def test_likelihood_tables(finished, capsys):
+def test_likelihood_tables(finished, capsys, monkeypatch):
     """A checkpoint knows where its data are. Another mixture than its own may be asked for; no
     block is longer than the sequence."""
     flags = "--eval_block_sizes=2", "--block_sizes=1,99", "--block_weights=3,1"
@@ -2554,18 +1867,14 @@ def test_likelihood_tables(finished, capsys):
     assert likelihood_table(capsys, *elsewhere, *flags) == nats
 
 
-def test_mixture_bounds_count_the_tokens_that_are_scored(finished, capsys, monkeypatch):
+def test_mixture_bounds_count_the_tokens_that_are_scored(toy, finished, capsys, monkeypatch):
     """Where one of two block sizes is far better, -log p(x) is its NELBO and log 2, once for a
     sequence."""
+    *_, val, _ = toy("--dataset=puzzles")
     nats = {1: 1.0, 5: 5.0}
-    lengths = torch.tensor([7.0, 9.0, 24.0], dtype=DOUBLE)
-
-    def evaluation(model, data, meta, block_size, *more):
-        return torch.full_like(lengths, nats[block_size]), lengths
-
-    monkeypatch.setattr(train, "evaluate", evaluation)
+    monkeypatch.setattr(train, "evaluate", lambda model, val, S, draws: torch.full((8,), nats[S]))
     rows = likelihood_table(capsys, f"--out_dir={finished}", "--eval_block_sizes=1")
-    expected = 1 + (math.log(2) / lengths).mean()
+    expected = 1 + (math.log(2) / val.counts.sum(1)).mean()
     assert close(torch.tensor(rows["mixture: log-sum-exp"]), expected, 1e-4)
 
 
@@ -2577,26 +1886,21 @@ TRAIN_REFUSES = [
     ("--block_sizes=5,5", "different"),
     ("--block_weights=0.5,-0.5", "block_weights"),
     ("--block_weights=1", "block_weights"),
-    ("--max_iters=0", "max_iters"),
     ("--learning_rate=nan", "learning_rate"),
     ("--ema=1", "ema"),
     ("--noisy_gain=nan", "noisy_gain"),
     ("--out_dir=", "out_dir"),
-    ("--loss=mse", "nelbo, ce"),
-    ("--device=tpu", "device"),
     ("--dataset=nowhere", "prepare_data.py"),
     ("--dataset=puzzles --seq_len=12", "--seq_len=24"),
     ("--seq_len=7000", "too small"),
     ("--resume", "ckpt.pt is missing"),
-    ("--init_from=nowhere.pt", "nowhere.pt is missing"),
-    ("--eval_only", "ckpt.pt is missing"),
 ]
 
 
 @pytest.mark.parametrize("flags, word", TRAIN_REFUSES)
 def test_train_refuses(toy_data, tmp_path, flags, word):
     out = tmp_path / "out"
-    assert word in refusal(train, *toy_flags(toy_data, out, flags)).replace("'", "")
+    assert word in refusal(train, *toy_flags(toy_data, out, flags))
     assert not out.exists()
 
 
@@ -2628,16 +1932,15 @@ def test_preset_and_precision_fit_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # of a T4, too
     for capability in ((9, 0), (7, 5)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        args, config = train.read_flags([])
+        args, config, _ = train.read_flags(["--ema=0.5"])
         values = vars(args) | vars(config)
-        assert values | train.PRESETS["gpu"] == values
+        assert values | train.PRESETS["gpu"] | {"ema": 0.5} == values
         assert train.find_autocast(args, gpu)._enabled == (capability >= (8, 0))
 
 
-def test_flags_beat_presets():
-    args, config = train.read_flags(["--preset=paper", "--noise=uniform", "--beta2=0.9"])
-    assert (args.loss, args.t_min, args.beta2) == ("nelbo", 1e-3, 0.9)  # as the authors' own
-    assert config.n_layer == 12
+def test_the_paper_trains_uniform_noise_with_the_bound():
+    args, config, _ = train.read_flags(["--preset=paper", "--noise=uniform"])
+    assert (args.loss, args.t_min, config.n_layer) == ("nelbo", 1e-3, 12)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2661,52 +1964,32 @@ def test_bpe_merges_the_most_frequent_pair(monkeypatch):
     words = [" " + "".join(rng.choices("abn", k=5)) for _ in range(300)]
     text = "".join(words)
     monkeypatch.setattr(prepare_data, "SAMPLE", len(text))
-    texts = [text[:50], text[50:] + " zz" * 999, " yy" * 999]
+    texts = iter([text[:50], text[50:] + " zz" * 999, "is not read"])
     tokens = [token.hex() for token in slow_bpe(words, 300)]
     assert make_tokenizer("bpe:301", texts)["tokens"] == tokens
+    assert list(texts) == ["is not read"]
 
 
-def test_bpe_says_any_text_and_learns_words():
+def test_bpe_says_any_text():
     text = "the cat and the dog and the aaaa bird 12 ☃\n" * 50
-    tokenizer = make_tokenizer("bpe:270", [text])
-    encode, decode = load_tokenizer(tokenizer)
-    for words in (text, "Ünseen \t wörds, 漢字 and \x00 bytes", "", "aaaaaaa"):
+    encode, decode = load_tokenizer(make_tokenizer("bpe:270", [text]))
+    for words in (text, "Ünseen \t wörds, 漢字 and \x00 bytes", ""):
         assert decode(encode(words)) == words
     assert len(encode(" the")) == 1
     assert len(encode("12")) == 2  # digits stand alone
-    assert tokenizer["end"] == 269 not in encode(END)  # a text cannot spell the end
+    assert 269 not in encode(END)  # a text cannot spell the end
     assert decode([269, 270]) == END  # 270 is a mask
-    with pytest.raises(UserError, match="bpe:.*char") as error:
+    with pytest.raises(UserError) as error:
         make_tokenizer("bpe:9999", [text])
-    make_tokenizer(re.search(r"bpe:\d+", str(error.value))[0], [text])  # as it says
+    largest = re.search(r"bpe:\d+", str(error.value))[0]
+    make_tokenizer(largest, [text])
 
 
 def test_char_tokenizer_refuses_what_it_cannot_say():
     encode, decode = load_tokenizer(make_tokenizer("char", ["ab", "ca"]))
-    assert decode(encode("cab")) == "cab"
+    assert decode(encode("cab") + [3, 4]) == f"cab{END}"  # 4 is a mask
     with pytest.raises(UserError, match="'d'"):
         encode("bad")
-    assert decode([0, 3, 4, 1]) == f"a{END}b"  # 4 is a mask
-
-
-def test_own_integers_have_no_text(tmp_path):
-    """Somebody's own arrays, with the one key that is needed."""
-    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    shutil.copy(tmp_path / "train.bin", tmp_path / "val.bin")
-    (tmp_path / "meta.json").write_text('{"vocab_size": 1000}')
-    train, val, meta = open_data(tmp_path)
-    assert train.tolist() == val.tolist() == list(range(1000))
-    encode, decode = load_tokenizer(meta["tokenizer"])
-    for function in (encode, decode, lambda _: open_problems(tmp_path)):
-        with pytest.raises(UserError, match="integers|val.jsonl"):
-            function([1])
-    prepare_data.check_tokenizer(meta, meta)
-    with pytest.raises(UserError, match="another tokenizer"):
-        prepare_data.check_tokenizer(meta, {"tokenizer": {}})
-    for damaged in ('{"vocab_size": 999}', "{", "{}"):
-        (tmp_path / "meta.json").write_text(damaged)
-        with pytest.raises(UserError, match="damaged.*prepare_data.py"):
-            open_data(tmp_path)
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary")
@@ -2716,38 +1999,26 @@ def test_gpt2_vocabulary():
     assert decode([50257, 15496, 50257, 995]) == "Hello world"  # [PAD] is dropped
 
 
-def write_tokenizer_json(path, lowercase=False):
-    """A byte-level tokenizer.json with 70,000 tokens, the last of which ends a text."""
-    tokenizers = pytest.importorskip("tokenizers")
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    names = letters + [f"filler{i}" for i in range(69_999 - len(letters))]
-    vocab = {name: i for i, name in enumerate(names)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    if lowercase:
-        tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    tokenizer.add_special_tokens([END])
-    tokenizer.enable_truncation(3)
-    tokenizer.save(str(path))
-
-
 def test_tokenizer_json(tmp_path):
     """Any tokenizer of the package tokenizers; ids above 65,535 are written as uint32."""
-    path = tmp_path / "tokenizer.json"
-    write_tokenizer_json(path)
-    row = json.dumps({"question": f"Is {END} it?", "answer": "Yes ☃"})
-    (tmp_path / "rows").write_text(row)
-    files = dict(input=f"{tmp_path}/rows", test=f"{tmp_path}/rows", tokenizer=str(path))
-    prepare("problems", tmp_path, **files, seq_len=40)
-    train, val, meta = open_data(tmp_path / "problems")
-    assert train.dtype == np.uint32 and val.tolist() == train.tolist()
-    encode, decode = load_tokenizer(meta["tokenizer"])
-    row = [*encode(f"Is {END} it?"), 69_999, *encode("Yes ☃")]
-    assert train.tolist() == row + [69_999] * (40 - len(row))
-    assert decode([*encode("Yes ☃"), 69_999, 70_000]) == f"Yes ☃{END}"
-    write_tokenizer_json(path, lowercase=True)
-    with pytest.raises(UserError, match="yes ☃"):  # the judge would call every answer wrong
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {str(i): i for i in range(70_000)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([END])
+    tokenizer.enable_truncation(1)
+    tokenizer.save(f"{tmp_path}/tokenizer.json")
+    path = tmp_path / "rows"
+    files = dict(input=str(path), test=str(path), tokenizer=f"{tmp_path}/tokenizer.json")
+    path.write_text(json.dumps({"question": f"5 {END} 7", "answer": "8 69999"}))
+    meta = prepare("problems", tmp_path, **files, seq_len=8)
+    train, val, _ = open_data(tmp_path / "problems")
+    end = 70_000
+    assert train.tolist() == val.tolist() == [5, 0, 7, end, 8, 69_999, end, end]
+    decode = load_tokenizer(meta["tokenizer"])[1]
+    assert decode([8, end, end + 1]) == f"8 {END}"  # the last is a mask
+    path.write_text(json.dumps({"question": "5", "answer": "eight"}))
+    with pytest.raises(UserError, match="'0' of the answer 'eight'"):  # it can never be right
         prepare("problems", tmp_path, **files)
 
 
@@ -2768,20 +2039,42 @@ def texts_of(folder):
     return [decode(part.tolist()).split(END)[:-1] for part in parts]
 
 
-def test_text_file_round_trip(tmp_path, monkeypatch):
-    """A text in pieces; a byte-order mark is no part of it."""
+def test_own_integers_have_no_text(tmp_path):
+    """Somebody's own arrays, with the one key that is needed."""
+    for name in ("train.bin", "val.bin"):
+        np.arange(1000, dtype=np.uint16).tofile(tmp_path / name)
+    (tmp_path / "meta.json").write_text('{"vocab_size": 1000}')
+    train, val, meta = open_data(tmp_path)
+    assert train.tolist() == val.tolist() == list(range(1000))
+    prepare_data.check_tokenizer(meta, meta)
+    for word, function, *values in (
+        ("integers", load_tokenizer, meta["tokenizer"]),
+        ("val.jsonl", open_problems, tmp_path),
+        ("another tokenizer", prepare_data.check_tokenizer, meta, {"tokenizer": {}}),
+    ):
+        with pytest.raises(UserError, match=word):
+            function(*values)
+    for damaged in ('{"vocab_size": 999}', "{", "{}"):
+        (tmp_path / "meta.json").write_text(damaged)
+        with pytest.raises(UserError, match="damaged.*prepare_data.py"):
+            open_data(tmp_path)
+
+
+def test_text_file_round_trip(tmp_path, monkeypatch, capsys):
+    """A text in pieces; a byte-order mark is no part of it. Sizes and figures are printed."""
     monkeypatch.setattr(prepare_data, "PIECE", 700)
     text = "hello wörld\n" * 100
     (tmp_path / "in.txt").write_text(text, encoding="utf-8-sig")
-    meta = prepare("text", tmp_path, input=f"{tmp_path}/in.txt", tokenizer="char", name="book")
-    train, val, read = open_data(tmp_path / "book")
-    assert read == meta
-    assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
+    flags = f"text --data_dir={tmp_path} --input={tmp_path}/in.txt --tokenizer=char --name=book"
+    call(prepare_data, *flags.split())
+    _, val, meta = open_data(tmp_path / "book")
     first, second = texts_of(tmp_path / "book")
     assert first[0] + second[0] + first[1] + second[1] == text
     assert [len(part) for part in first] == [630, 450]
     assert meta["bytes_per_token"] == len("".join(second).encode()) / len(val)
     assert meta["unigram_nats"] == entropy_of(val.tolist())
+    out = capsys.readouterr().out
+    assert "1,082 tokens" in out and "made_from: " in out
 
 
 def test_a_folder_of_documents(tmp_path, monkeypatch):
@@ -2795,53 +2088,38 @@ def test_a_folder_of_documents(tmp_path, monkeypatch):
     (tmp_path / "copy.py").write_text((tmp_path / "m00.py").read_text())
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert set(prepare_data.pydocs()) < set(prepare_data.pydocs(["tqdm", "nowhere"]))
-    prepare("pydocs", tmp_path / "data", tokenizer="bpe:300")
-    train, val = texts_of(tmp_path / "data" / "pydocs")
+    prepare("pydocs", tmp_path, tokenizer="bpe:300")
+    train, val = texts_of(tmp_path / "pydocs")
     assert sum("more than forty letters" in text for text in train + val) == 40
-    assert "Nobody" not in "".join(train + val)
+    assert "Nobody" not in "".join(train)
     assert set(train).isdisjoint(val) and 0 < len(val) < len(train) / 5
 
 
-class Hub:
-    """A stand-in for the package datasets, whose connection is lost after some rows."""
-
-    def __init__(self, rows, error=None):
-        self.rows, self.error = rows, error
-
-    def load_dataset(self, name, config, split, streaming):
-        yield from self.rows
-        if self.error:
-            raise self.error
-
-
-def test_documents_are_streamed(tmp_path, monkeypatch):
-    """... and at most --documents of them; those without a text are left out."""
+def test_streams(tmp_path, monkeypatch, capsys):
+    """Rows without a text are left out, --documents is a limit. What came before the connection
+    was lost is the dataset; if nothing came, or after Ctrl-C, there is none."""
     texts = [f"document {i} " * 5 for i in range(100, 400)]
-    rows = [{"text": text, "id": 0} for text in [None, "", *texts]]
-    monkeypatch.setitem(sys.modules, "datasets", Hub(rows))
-    prepare("fineweb", tmp_path, tokenizer="bpe:262")
-    assert sorted(sum(texts_of(tmp_path / "fineweb"), [])) == texts
-    prepare("openwebtext", tmp_path, tokenizer="char", documents=20)
-    assert len(sum(texts_of(tmp_path / "openwebtext"), [])) == 20
+    rows = [{"text": text, "question": text, "code": "a program"} for text in ["", None, *texts]]
+    hub = Mock()
+    monkeypatch.setitem(sys.modules, "datasets", hub)
 
+    def stream(source, rows, error=None, **more):
+        def download():
+            yield from rows
+            if error:
+                raise error
 
-@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt("lost")])
-def test_what_came_of_a_lost_stream_is_a_dataset(tmp_path, monkeypatch, error):
-    rows = [{"question": f"{i}?", "code": f"return {i}"} for i in range(100)]
-    monkeypatch.setitem(sys.modules, "datasets", Hub(rows, error))
-    again = partial(prepare, "tinygsm", tmp_path, tokenizer="bpe:260", seq_len=20)
-    expected = (UserError, KeyboardInterrupt)
-    with pytest.raises(expected):
-        again()  # lost while tokens are learned
-    assert not os.listdir(tmp_path)
-    monkeypatch.setattr(prepare_data, "SAMPLE", 100)
-    with pytest.raises(expected, match="lost"):
-        again()
-    train, val, _ = open_data(tmp_path / "tinygsm")
-    assert len(train) + len(val) == 100 * 20
-    assert os.listdir(tmp_path) == ["tinygsm"]
-    with pytest.raises(UserError, match="--name"):  # days of work are not replaced
-        again()
+        hub.load_dataset.return_value = download()
+        prepare(source, tmp_path, tokenizer="bpe:262", **more)
+        return sum(texts_of(tmp_path / source), [])
+
+    assert sorted(stream("fineweb", rows, RuntimeError("lost"))) == texts
+    assert "lost" in capsys.readouterr().err
+    assert len(stream("fineweb", rows, documents=20)) == 20
+    for rows, error in (([], RuntimeError("lost")), (rows, KeyboardInterrupt("lost"))):
+        with pytest.raises((UserError, KeyboardInterrupt), match="lost"):
+            stream("tinygsm", rows, error)
+    assert os.listdir(tmp_path) == ["fineweb"]
 
 
 def test_nothing_is_lost_by_replacing(tmp_path, monkeypatch):
@@ -2851,23 +2129,20 @@ def test_nothing_is_lost_by_replacing(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "text").symlink_to(tmp_path / "disk")
     path.write_text("abc" * 100)
-    assert again()["val_tokens"] == 31
+    again()
     path.write_text("abc" * 200)
     with monkeypatch.context() as patch:
-        patch.setattr("json.dump", lambda *args: 1 / 0)
+        patch.setattr("json.dumps", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             again()
     assert len(open_data(tmp_path / "text")[1]) == 31
     again()
     assert len(open_data(tmp_path / "disk")[1]) == 61
     assert set(os.listdir(tmp_path)) == {"text", "disk", "in.txt"}
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "book.txt").write_text("precious")
-    for name in ("text", "mine"):
-        before = os.listdir(tmp_path / name)
+    os.remove(tmp_path / "disk" / "meta.json")  # so that it is no dataset
+    for source, folder in (("math", tmp_path), ("text", tmp_path)):
         with pytest.raises(UserError, match="--name"):
-            prepare("math", tmp_path, name=name)
-        assert os.listdir(tmp_path / name) == before
+            prepare(source, folder, name="disk")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2882,49 +2157,35 @@ def wording_of(question):
 
 @pytest.mark.parametrize("difficulty", [2, 8])
 def test_math_problems_are_right_and_disjoint(difficulty):
-    sides = {"train": [], "val": []}
+    wordings, numbers = {"train": [], "val": []}, {"train": [], "val": []}
     for part, (question, program) in math_problems(difficulty, 200, seed=1):
-        sides[part].append(question)
+        wordings[part].append(wording_of(question))
+        numbers[part].append(re.findall(r"\d+", question)[:2])
         variables = {}
         for line in program.splitlines()[1:-1]:
             exec(line.strip(), {}, variables)  # ours, so Python may
             assert all(x > 0 and x == int(x) for x in variables.values())
         assert variables["result"] == solve(program)
-    assert (len(sides["train"]), len(sides["val"])) == (200, 10)
-    wordings, numbers = [], []
-    for questions in sides.values():
-        wordings.append({wording_of(question) for question in questions})
-        numbers.append({tuple(re.findall(r"\d+", question)[:2]) for question in questions})
-    assert wordings[0].isdisjoint(wordings[1])
-    assert numbers[0].isdisjoint(numbers[1])
+    for things in (wordings, numbers):
+        assert (len(things["train"]), len(things["val"])) == (200, 10)
+        assert not any(thing in things["train"] for thing in things["val"])
 
 
 def test_rows_of_problems(tmp_path):
     """Question, end, program, ends; as tokens of the texts by themselves. Those that are too long
     are counted for each part, and stay problems for the judge."""
     meta = prepare("math", tmp_path, problems=400, seq_len=100, difficulty=3)
-    train, val, _ = open_data(tmp_path / "math")
-    end = meta["tokenizer"]["end"]
-    encode = load_tokenizer(meta["tokenizer"])[0]
-    written, dropped = {"train": [], "val": []}, Counter()
-    problems, scored = [], []
-    for part, (question, program) in math_problems(3, 400, 0):
-        answer = encode(program) + [end]
-        row = encode(question) + [end] + answer
-        if part == "val":
-            problems.append((question, program))
-        if len(row) > 100:
-            dropped[part] += 1
-            continue
-        written[part] += row + [end] * (100 - len(row))
-        if part == "val":
-            scored += answer
-    assert 0 < meta["train_dropped"] == dropped["train"] < 400
-    assert 0 < meta["val_dropped"] == dropped["val"] < 20
-    assert train.tolist() == written["train"]
-    assert val.tolist() == written["val"]
-    assert open_problems(tmp_path / "math") == problems
-    assert val[is_answer(val.reshape(-1, 100), end).ravel()].tolist() == scored
+    encode, end = load_tokenizer(meta["tokenizer"])[0], [meta["tokenizer"]["end"]]
+    problems = {"train": [], "val": []}
+    for part, problem in math_problems(3, 400, 0):
+        problems[part].append(problem)
+    for part, tokens in zip(problems, open_data(tmp_path / "math")):
+        rows = [encode(question) + end + encode(answer) for question, answer in problems[part]]
+        fitting = [row + end * (100 - len(row)) for row in rows if len(row) < 100]
+        assert tokens.reshape(-1, 100).tolist() == fitting
+        assert 0 < meta[f"{part}_dropped"] == len(rows) - len(fitting) < len(rows)
+    assert open_problems(tmp_path / "math") == problems["val"]
+    scored = tokens[is_answer(tokens.reshape(-1, 100), *end).ravel()].tolist()
     assert meta["bytes_per_token"] == meta["val_bytes"] / len(scored)
     assert meta["unigram_nats"] == entropy_of(scored)
 
@@ -2937,22 +2198,17 @@ def test_a_problem_as_published_weights_know_it():
 
 @pytest.mark.parametrize("library", [np.array, torch.tensor])
 def test_is_question_and_is_answer(library):
-    letters = "ab.c.. .a.... ...... abcdef".split()
-    rows = library([[ord(letter) for letter in row] for row in letters])
-    for function, expected in (
-        (is_question, "###... #..... #..... ######"),
-        (is_answer, "...##. .##... .#.... ......"),
-    ):
-        found = function(rows, ord(".")).tolist()
-        shown = ["".join(".#"[x] for x in row) for row in found]
-        assert shown == expected.split()
+    rows = library([[1, 1, 0, 1, 0, 0], [0, 1, 0, 1, 1, 1], [0] * 6, [1] * 6])
+    question = [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1] * 6]
+    answer = [[0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0] * 6]
+    assert is_question(rows, 0).tolist() == question
+    assert is_answer(rows, 0).tolist() == answer
 
 
 # ----------------------------------------------------------------------------------------------
 # Answers
 
 PROGRAMS = {
-    "return 7": 7,
     "def simple_math_problem():\n    '''How many?'''\n    a = 2\n    return a + 1\n": 3,
     "def simple_math_problem() -> int:\n    import math\n    return math.ceil(3.1)": 4,
     "return 7 // 2 + 7 % 4 - 2 ** 3 + 1 / 4": -1.75,
@@ -2961,19 +2217,25 @@ PROGRAMS = {
     "return round(2.567, 1) + round(3.4) + int(9.7) + float(1) + math.floor(3.9)": 18.6,
     "def simple_math_problem():\n    return 5\nprint(6)": 5,
     "x = 3\nif x < 2:\n    x = 10\nelif x >= 3:\n    return 30\nreturn x": 30,
-    "x = 3\nif x != 3:\n    x = 10\nelse:\n    x = 20\nreturn x": 20,
-    "return 1 / 0 if 2 <= 1 else 0.5": 0.5,
+    "x = 3\nif x != 3 or not x > 2:\n    x = 10\nelse:\n    x = 20\nreturn x": 20,
+    "return 1 / 0 if 2 <= 1 and True else 0.5": 0.5,
     "x: int = 0\nfor i in range(2, 9, 3):\n    x += i\nreturn x": 15,
     "for i in range(9):\n  for j in range(9):\n    if i * j == 42:\n      return i + j": 13,
     "x = []\nfor i in [3, 1, 2]:\n    x.append(2 * i)\nreturn sum(x) + 10 * len(x) + x[-1]": 46,
     "s = 0\nfor day in range(365):\n    if day % 7 == 0:\n        s += day\nreturn s": 9646,
     "return sum(range(1001))": 500_500,
 }
+NUMBERS = {"18": 18, " 1,234": 1234, "$5": 5, "-3": -3, "2.50": 2.5, "$1,000,000.25": 1000000.25}
+NUMBERS |= {"-$18": -18, "$-18": -18, "+5": 5, "$ 18": 18, "**18**": 18, "**$18.**": 18, ".5": 0.5}
+NUMBERS |= {"18.": 18, "18%": 18, "€3": 3, "18\nMore words.": 18, "18\r\n": 18}
+NUMBERS |= dict.fromkeys(["3/4", "12,34", "1,5", "18 or 19", "18 x", "1e5", "1 000", "--5", "5-"])
+NUMBERS |= dict.fromkeys(["-$-5", "", "none", "18 #### 18", "١", "9" * 999, "*" * 99, " " * 9999])
 
 
-def test_programs():
-    for program, value in PROGRAMS.items():
-        assert solve(program) == value, program
+def test_values_of_answers():
+    """Programs; and numbers, which are all that stands there, or there is none."""
+    answers = PROGRAMS | {f"Some words 7.\n####{line}": value for line, value in NUMBERS.items()}
+    assert {answer: solve(answer) for answer in answers} == pytest.approx(answers)
 
 
 LOOPS = "".join(" " * depth + "for i in x:\n" for depth in range(20)) + " " * 20
@@ -3004,9 +2266,9 @@ NO_ANSWERS = [
     "x = range(1000)\n" + LOOPS + "y = 1",
     "x = range(1000)\n" + LOOPS + "'a text'",
     "x = [1]\nfor i in range(60):\n    x = x + x\nreturn 5",
+    "x = []\nx.append(x)\nreturn 5",
     "return " + "-" * 1500 + "1",
     "return " + "abs(" * 600,
-    "return (1)(2) is '\\d'",
     "\x00",
     "\ud800",
     "return 5 #" + "#" * 3000,
@@ -3014,35 +2276,19 @@ NO_ANSWERS = [
 
 
 @pytest.mark.parametrize("program", NO_ANSWERS, ids=range(len(NO_ANSWERS)))
-@pytest.mark.filterwarnings("error")
-def test_no_answer(program, monkeypatch, capfd):
-    """Hostile and broken programs: None, in few steps and little memory, without a word."""
+def test_no_answer(program, monkeypatch):
+    """Hostile and broken programs: None, in few steps and little memory."""
     evaluate = Mock(wraps=prepare_data.evaluate)
     monkeypatch.setattr(prepare_data, "evaluate", evaluate)
     tracemalloc.start()
     assert solve(program) is None
-    assert tracemalloc.get_traced_memory()[1] < 2e7 and evaluate.call_count <= 5001
+    assert tracemalloc.get_traced_memory()[1] < 2e7 and evaluate.call_count <= 4001
     tracemalloc.stop()
-    assert capfd.readouterr() == ("", "")
-
-
-NUMBERS = {"18": 18, " 1,234": 1234, "$5": 5, "-3": -3, "2.50": 2.5, "$1,000,000.25": 1000000.25}
-NUMBERS |= {"-$18": -18, "$-18": -18, "+5": 5, "$ 18": 18, "**18**": 18, "**$18.**": 18, ".5": 0.5}
-NUMBERS |= {"18.": 18, "18%": 18, "€3": 3, "18\nMore words.": 18, "18\r\n": 18}
-NUMBERS |= dict.fromkeys(["3/4", "12,34", "1,5", "18 or 19", "18 x", "1e5", "1 000", "--5", "5-"])
-NUMBERS |= dict.fromkeys(["-$-5", "", "none", "18 #### 18", "١", "9" * 999, "*" * 99, " " * 9999])
-
-
-def test_numbers_of_answers():
-    """A number is all that stands there, or there is none."""
-    for line, number in NUMBERS.items():
-        assert solve(f"Some words 7.\n####{line}") == number, line
 
 
 def test_is_right():
     reference = "def simple_math_problem():\n    return 6 / 4"
-    assert is_right("#### 1.5", reference)
-    assert is_right("return 1.5000000001", reference)
+    assert is_right("#### 1.5", reference) and is_right("return 1.5000000001", reference)
     assert not is_right("return 1.50001", reference)
     assert is_right("return 0.1 + 0.2 - 0.3", "return 0")
     assert is_right(" C B A\n", "C B A")  # no number: the same text
@@ -3064,20 +2310,19 @@ class Flags:
     secret: int = 7  # is no flag
 
 
-def read_flags(*argv, **more):
-    return parse_flags("What it does.", Flags, argv=argv, skip=("secret",), **more)
+def read_flags(*argv):
+    return parse_flags("What it does.", Flags, argv=argv, skip=["secret"], defaults={"size": 5})
 
 
 def test_flags_have_the_types_of_their_defaults(capsys):
-    values = read_flags("--sizes=2,3", "--rates=1,0.5", "--on=False", "--off", defaults={"size": 5})
+    values = read_flags("--sizes=2,3", "--rates=1,0.5", "--on=False", "--off")
     assert values == dict(word="a", size=5, sizes=(2, 3), rates=(1.0, 0.5), on=False, off=True)
     assert prepare_data.from_values(Flags, values | {"more": 0}) == Flags(**values)
     with pytest.raises(SystemExit):
-        read_flags("--help", defaults=dict(size=5))
+        read_flags("--help")
     words = " ".join(capsys.readouterr().out.split())
     for part in ("What it does.", "{a,bc}", "100% of it (default: 5)", "(1, 16)"):
         assert part in words
-    assert "secret" not in words
     for flag in "--nonsense=1 --size=x --siz=4 --sizes=1,x --on=no --word=c --secret=1 x".split():
         with pytest.raises(UserError, match=flag.partition("=")[0]):
             read_flags(flag)
@@ -3090,12 +2335,9 @@ def test_flags_have_the_types_of_their_defaults(capsys):
         ("text --input=nowhere", "nowhere"),
         ("text --input=DIR/utf16", "utf16 is not UTF-8"),
         ("text --input=DIR/empty --tokenizer=char", "too short"),
-        ("text --input=DIR/small --tokenizer=bpe:200", "bpe:SIZE"),
-        ("text --input=DIR/small --tokenizer=nowhere.json", "nowhere.json"),
-        ("math --difficulty=9", "difficulty"),
+        ("text --input=DIR/good --tokenizer=bpe:200", "bpe:257"),
         ("fineweb --documents=-1", "documents"),
         ("math --problems=400 --seq_len=10", "seq_len"),
-        ("problems --input=DIR/good", "--test"),
         ("problems --input=DIR/good --test=DIR/null --tokenizer=char", "null, line 2"),
         ("fineweb", "datasets"),
         ("shakespeare", "no network"),
@@ -3103,10 +2345,9 @@ def test_flags_have_the_types_of_their_defaults(capsys):
 )
 def test_prepare_data_refuses(tmp_path, capsys, monkeypatch, flags, word):
     """In one line, and nothing is left behind."""
-    row = json.dumps({"question": "How many?", "answer": "#### 5"})
+    row = json.dumps({"question": "How many?", "answer": 5})
     (tmp_path / "utf16").write_text("a book", encoding="utf-16")
     (tmp_path / "empty").write_text("")
-    (tmp_path / "small").write_text("abcdefgh" * 4)
     (tmp_path / "good").write_text(row)
     (tmp_path / "null").write_text(f'{row}\n{{"question": "How?", "answer": null}}')
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -3120,12 +2361,9 @@ def test_prepare_data_refuses(tmp_path, capsys, monkeypatch, flags, word):
     assert not data.exists() or not list(data.iterdir())
 
 
-def test_shakespeare_is_downloaded(tmp_path, monkeypatch, capsys):
-    reply = io.BytesIO(b"To be, or not to be" * 50)
-    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **more: reply)
-    call(prepare_data, "shakespeare", f"--data_dir={tmp_path}", "--tokenizer=char")
-    out = capsys.readouterr().out
-    assert f"{tmp_path}/shakespeare" in out and "train_tokens: 856" in out  # one ends the text
+def test_a_bug_is_a_traceback():
+    with pytest.raises(ZeroDivisionError):
+        prepare_data.run_script(lambda: 1 / 0)
 
 
 SCRIPT = """
@@ -3138,40 +2376,17 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 import prepare_data
 def main():
-    print("1 ± 2")
+    print("1 ± 2", prepare_data.solve("return 9if 1else int('\\d')"))
     raise KeyboardInterrupt
 prepare_data.run_script(main)
 """
 
 
 def test_a_script_in_a_terminal_that_knows_ascii():
-    """It prints what it can. OpenMP's threads do not spin for ever: that is set before torch is
-    loaded."""
+    """It prints what it can, and nothing of what Python thinks of a model's program. OpenMP's
+    threads do not spin for ever: that is set before torch is loaded."""
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     env.pop("GOMP_SPINCOUNT", None)
     command = [sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
-    assert (run.returncode, run.stdout) == (130, "5000\n1 ? 2\n"), run.stderr
-
-
-@pytest.mark.parametrize(
-    "error, line",
-    [
-        (UserError("take\nanother"), "take another"),
-        (FileNotFoundError(2, "No such file", "x.txt"), "'x.txt'"),
-        (ModuleNotFoundError("none", name="datasets"), "pip install datasets"),
-        (ModuleNotFoundError("none", name="prepare_dta"), None),
-        (ValueError("too many values to unpack"), None),
-    ],
-    ids=str,
-)
-def test_what_users_can_mend_is_one_line_and_a_bug_a_traceback(capsys, error, line):
-    def main():
-        raise error
-
-    expected = type(error) if line is None else SystemExit
-    with pytest.raises(expected) as raised:
-        prepare_data.run_script(main)
-    if line:
-        assert raised.value.code == 2
-        assert line in capsys.readouterr().err
+    assert (run.returncode, run.stdout, run.stderr) == (130, "5000\n1 ? 2 9.0\n", "")

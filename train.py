@@ -29,36 +29,19 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from prepare_data import (  # first: it sets an option that torch reads when it is loaded
-    check_tokenizer,
-    from_values,
-    is_answer,
-    is_question,
-    open_data,
-    parse_flags,
-    prepare,
+    check_tokenizer, from_values, is_answer, is_question, open_data, parse_flags, prepare,
     run_script,
 )
 from blockgen import (
-    LOSSES,
-    Batch,
-    BlockGen,
-    Config,
-    UserError,
-    check_choices,
-    find_device,
-    load_checkpoint,
-    load_weights,
-    random_numbers,
-    read_checkpoint,
-    save_checkpoint,
-    trained_weights,
+    LOSSES, Batch, BlockGen, Config, UserError, check_at_least, check_choices, find_device,
+    load_weights, random_numbers, read_checkpoint, save_checkpoint, trained_weights,
 )
 from kernels import use_triton
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from numpy.lib.stride_tricks import sliding_window_view
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 try:
@@ -80,13 +63,14 @@ def has_bfloat16(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def orthogonalize(x, steps=5):
-    """Matrices x (n, a, b) with their singular values moved to about 1, by the
-    Newton-Schulz iteration of Muon (kellerjordan.github.io/posts/muon)."""
+def orthogonalize(x):
+    """Matrices x (n, a, b) with their singular values moved to about 1, by the Newton-Schulz
+    iteration of Muon (kellerjordan.github.io/posts/muon)."""
     if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT, steps).mT
+        return orthogonalize(x.mT).mT
+    x = x.to(torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT  # (n, a, a)
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
@@ -109,22 +93,21 @@ class Muon(torch.optim.Optimizer):
         lr, params = group["lr"], group["params"]
         for shape in {p.shape for p in params}:
             matrices = [p for p in params if p.shape == shape]
-            gradients = [p.grad for p in matrices]
-            averages = [self.state[p]["average"] for p in matrices]
-            torch._foreach_lerp_(averages, gradients, 1 - momentum)
-            ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov
-            x = torch.stack(ahead)  # (n, a, b)
-            dtype = torch.bfloat16 if has_bfloat16(x.device) else torch.float32
-            directions = orthogonalize(x.to(dtype)).float()
+            ahead = []
+            for p in matrices:
+                average = self.state[p]["average"]
+                average.lerp_(p.grad, 1 - momentum)
+                ahead.append(p.grad.lerp(average, momentum))  # Nesterov
+            directions = orthogonalize(torch.stack(ahead))  # (n, a, b)
             scale = 0.2 * math.sqrt(max(shape))
-            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(matrices, directions.unbind(), alpha=-lr * scale)
+            for p, direction in zip(matrices, directions):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(direction, alpha=-lr * scale)
 
 
 def adamw(params, args):
-    betas = 0.9, args.beta2
-    decay = args.weight_decay
-    return torch.optim.AdamW(params, betas=betas, weight_decay=decay, fused=True)
+    options = dict(betas=(0.9, args.beta2), weight_decay=args.weight_decay)
+    return torch.optim.AdamW(params, fused=True, **options)
 
 
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}  # of the matrices; to add one, name it here
@@ -160,62 +143,35 @@ def update_average(average, model, decay, step):
 # ----------------------------------------------------------------------------------------------
 # The flags
 
-GPT2_SMALL = dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024)
+GPU = dict(compile=True, eval_seqs=256)
+GPT2_SMALL = dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, **GPU)
 PRESETS = {  # defaults of other flags
     "cpu": {},
     "gpu": dict(  # by estimate 5 GB of GPU memory
-        compile=True,
+        **GPU,
         dataset="alldocs",
-        n_layer=6,
-        n_head=6,
-        n_embd=384,
-        seq_len=256,
-        dropout=0.1,
-        batch_size=64,
-        max_iters=5000,
-        learning_rate=2e-3,
-        warmup_iters=100,
-        ema=0.999,
-        eval_seqs=256,
+        n_layer=6, n_head=6, n_embd=384, seq_len=256,
+        dropout=0.1, ema=0.999,
+        batch_size=64, max_iters=5000,
+        learning_rate=2e-3, warmup_iters=100,
     ),
     "night": dict(  # 1.3 billion tokens; by estimate 15 GB, and 10 hours on an RTX 4090
         **GPT2_SMALL,
-        compile=True,
         dataset="fineweb",
-        batch_size=256,
-        grad_accum=16,
-        max_iters=5000,
-        learning_rate=1e-3,
-        warmup_iters=250,
-        weight_decay=0.1,
-        beta2=0.95,
-        ema=0.999,
+        batch_size=256, grad_accum=16, max_iters=5000,
+        learning_rate=1e-3, warmup_iters=250,
+        weight_decay=0.1, beta2=0.95, ema=0.999,
         eval_interval=500,
-        eval_seqs=256,
     ),
     "paper": dict(  # the authors' recipe for masked noise; by estimate 14 GB of GPU memory
         **GPT2_SMALL,
-        compile=True,
         dataset="openwebtext",
-        dropout=0.1,
-        tied=False,
-        noisy_gain=1.0,
-        ar="paper",
-        block_weights=(0.05, 0.95),
-        loss="ce",
-        t_min=1e-3,
-        batch_size=512,
-        grad_accum=64,
-        max_iters=1_000_000,
-        optimizer="adamw",
-        learning_rate=3e-4,
-        lr_decay="constant",
-        warmup_iters=2500,
-        weight_decay=0.0,
-        beta2=0.999,
-        ema=0.9999,
-        eval_interval=5000,
-        eval_seqs=256,
+        dropout=0.1, tied=False, noisy_gain=1.0, ar="paper",
+        block_weights=(0.05, 0.95), loss="ce", t_min=1e-3,
+        batch_size=512, grad_accum=64, max_iters=1_000_000,
+        optimizer="adamw", weight_decay=0.0, beta2=0.999,
+        learning_rate=3e-4, warmup_iters=2500, lr_decay="constant",
+        ema=0.9999, eval_interval=5000,
     ),
 }
 
@@ -260,69 +216,59 @@ class Settings:
     compile: bool = False  # torch.compile, on a GPU with Triton or on a CPU
 
     def __post_init__(self):
+        """Raise UserError for what would spoil a run without a word."""
         check_choices(self)
-        check_bounds(self)
-
-
-RANGES = {  # of settings that would spoil a run without a word
-    "max_iters batch_size grad_accum warmup_iters eval_interval eval_seqs eval_draws": (1, 2**63),
-    "seed learning_rate weight_decay grad_clip": (0, 2**63),
-    "t_min beta2 ema": (0, 1),
-}
-
-
-def check_bounds(args):
-    """Raise UserError for what is out of range. NaN always is."""
-    for names, (least, limit) in RANGES.items():
-        for name in names.split():
-            if not least <= getattr(args, name) < limit:
-                raise UserError(f"--{name} must be at least {least} and below {limit}")
-    sizes, weights = args.block_sizes, args.block_weights
-    if min(sizes, default=0) < 1 or len(set(sizes)) < len(sizes):
-        raise UserError("--block_sizes must be at least 1 each, and all different")
-    if len(weights) not in (0, len(sizes)) or not all(0 < w < math.inf for w in weights):
-        raise UserError("--block_weights must be positive, one for each of --block_sizes")
-    if not args.out_dir:
-        raise UserError("--out_dir must name a folder")
+        positive = "max_iters batch_size grad_accum warmup_iters eval_interval eval_seqs eval_draws"
+        check_at_least(self, 1, *positive.split())
+        check_at_least(self, 0, *"seed learning_rate weight_decay grad_clip".split())
+        check_at_least(self, 0, "t_min", "beta2", "ema")
+        if max(self.t_min, self.beta2, self.ema) >= 1:
+            raise UserError("t_min, beta2 and ema must be below 1")
+        sizes, weights = self.block_sizes, self.block_weights
+        if min(sizes) < 1 or len(set(sizes)) < len(sizes):
+            raise UserError("block_sizes must be at least 1 each, and all different")
+        if len(weights) not in (0, len(sizes)) or not all(0 < w < math.inf for w in weights):
+            raise UserError("block_weights must be positive, one for each of block_sizes")
+        if not self.out_dir:
+            raise UserError("out_dir must name a folder")
 
 
 def read_flags(argv=None):
-    """(Settings, Config). Flags beat what find_defaults says, and that beats the fields' defaults.
-    Raises UserError."""
+    """(Settings, Config, content of the checkpoint to begin with or {}). A flag that is given beats
+    the checkpoint's, that the preset's, and that the field's default. Raises UserError."""
     parse = partial(parse_flags, __doc__, Settings, Config, argv=argv, skip=["vocab_size"])
-    defaults = find_defaults(parse())  # some flags decide on defaults of others
-    values = parse(defaults=defaults)
-    if not math.isfinite(values["noisy_gain"]):
-        raise UserError("--noisy_gain must be finite")
-    return from_values(Settings, values), from_values(Config, values)
-
-
-def find_defaults(flags):
-    """Defaults of flags: those of a preset; of the model in a checkpoint that is started from; or
-    all flags of a checkpoint that is resumed or evaluated."""
-    preset = flags["preset"]
-    if preset == "auto":
-        preset = "gpu" if device_of_process(flags["device"]).type == "cuda" else "cpu"
-    defaults = dict(PRESETS[preset])
-    if preset == "paper" and flags["noise"] != "masked":
-        # With uniform noise the authors train on OpenWebText and TinyGSM with the bound, at block
-        # size 1 with cross-entropy as always (on LM1B: cross-entropy of the changed tokens alone).
-        defaults["loss"] = "nelbo"
-    path = source_of(flags)
+    flags = parse()  # some decide on defaults of others
+    defaults, content = find_preset(flags), {}
+    goes_on = flags["resume"] or flags["eval_only"]
+    own = f"{flags['out_dir']}/ckpt.pt"
+    if os.path.exists(own) and not goes_on:
+        raise UserError(f"{own} is of another run: --resume goes on, or choose another --out_dir")
+    path = flags["init_from"]
+    if flags["resume"] or goes_on and not path:
+        path = own
     if path:
         content = read_checkpoint(path)
         defaults |= asdict(content["config"])
-        if flags["resume"] or flags["eval_only"]:
-            here = {name: flags[name] for name in ("out_dir", "device", "init_from", "resume")}
-            defaults |= content["args"] | here
-    return defaults
+    if goes_on:
+        here = {name: flags[name] for name in ("out_dir", "device", "resume")}
+        defaults |= content["args"] | here
+    values = defaults | parse(defaults=defaults)  # the vocab_size is no flag
+    values["init_from"] = path
+    if not math.isfinite(values["noisy_gain"]):
+        raise UserError("noisy_gain must be finite")
+    return from_values(Settings, values), from_values(Config, values), content
 
 
-def source_of(flags):
-    """The checkpoint that a run begins with, or that is evaluated; "" if there is none."""
-    if flags["resume"] or flags["eval_only"] and not flags["init_from"]:
-        return f"{flags['out_dir']}/ckpt.pt"
-    return flags["init_from"]
+def find_preset(flags):
+    """The defaults that --preset stands for."""
+    preset = flags["preset"]
+    if preset == "auto":
+        preset = "gpu" if device_of_process(flags["device"]).type == "cuda" else "cpu"
+    if preset == "paper" and flags["noise"] != "masked":
+        # With uniform noise the authors train on OpenWebText and TinyGSM with the bound, at block
+        # size 1 with cross-entropy as always (on LM1B: cross-entropy of the changed tokens alone).
+        return PRESETS[preset] | {"loss": "nelbo"}
+    return dict(PRESETS[preset])
 
 
 def device_of_process(name):
@@ -349,38 +295,26 @@ class Run:
     best_loss: float = math.inf
 
 
-def train(args, config):
-    """Train as the flags say, until max_iters or a signal. Raises UserError."""
-    path = f"{args.out_dir}/ckpt.pt"
-    if os.path.exists(path) and not args.resume:
-        raise UserError(f"{path} is of another run: --resume goes on, or choose another --out_dir")
-    device = device_of_process(args.device)
-    if N_PROCESSES > 1:
-        dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[device.type])
-    data, val, meta = load_data(args, config.seq_len)
-    mixture = make_mixture(args, config.ar)
-    run = start(args, config, val, meta, device)
+def train(run, data, val, meta, args):
+    """Go on with a run until max_iters or a signal. Raises UserError."""
     compile_layers(run.model, args)
+    device = run.model.device
     autocast = find_autocast(args, device)
-    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    print(f"{millions:.2f}M parameters on {device}; {len(data):,} rows")
-    if "unigram_nats" in meta:
-        print(f"unigram entropy {meta['unigram_nats']:.3f} nats")
-
+    mixture, ar_weight = make_mixture(args, run.model.config.ar)
     # each process computes some parts of every batch, and a process alone all of them
     parts = torch.arange(args.batch_size).chunk(max(args.grad_accum, N_PROCESSES))
     my_parts = list(enumerate(parts))[RANK::N_PROCESSES]
     signals = listen()
-    stop = saved = False
+    stop = False
     with open_log(args, run.step) as log, progress_bar(args, run.step) as bar:
         while run.step < args.max_iters and not stop:
             # the gradient of this step's batch
             sums = torch.zeros(2, device=device)  # the loss, and who is to stop: all must agree
             for part, rows in my_parts:
-                seed_dropout((args.seed, run.step), part)
+                seed_dropout(args.seed, run.step, part)
                 batch = draw_batch(data, meta, mixture, args, run.step, rows).to(device)
                 with autocast:
-                    losses = run.model(batch, args.loss, mixture.ar_weight)  # (R, L)
+                    losses = run.model(batch, args.loss, ar_weight)  # (R, L)
                 row_means = losses.sum(1) / (~batch.given).sum(1)  # (R,)
                 loss = row_means.sum() / args.batch_size
                 loss.backward()
@@ -401,8 +335,8 @@ def train(args, config):
             # the log: only here do we wait for a GPU
             loss, stop, norm = torch.stack([*sums, norm]).tolist()
             if not math.isfinite(loss + norm):  # what is saved is older
-                figures = f"loss {loss:.1f}, norm of its gradient {norm:.1f}"
-                raise UserError(f"stopped at step {run.step}: {figures}; lower --learning_rate?")
+                figures = f"step {run.step}: loss {loss}, norm of its gradient {norm}"
+                raise UserError(f"stopped at {figures}; lower --learning_rate?")
             write(log, step=run.step, loss=loss)
             run.step += 1
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -412,41 +346,43 @@ def train(args, config):
             ends = run.step == args.max_iters
             due = ends or run.step % args.eval_interval == 0
             if RANK == 0 and (due or stop):
-                saved = save(run, args, meta, must=ends or stop)
+                save(run, args, meta, must=ends or stop)
                 if due and validate(run, val, meta, args, log):
-                    saved = save(run, args, meta, must=ends or stop)
-    if saved:
-        print(f"saved step {run.step}: python sample.py --ckpt={path} takes samples,")
-        print(f"python train.py --resume --out_dir={args.out_dir} --max_iters=N goes on")
-    if N_PROCESSES > 1:
-        dist.destroy_process_group()
+                    save(run, args, meta, must=ends or stop)
+    path = f"{args.out_dir}/ckpt.pt"
+    print(f"{path} is at step {run.step}: python sample.py --ckpt={path} takes samples,")
+    print(f"python train.py --resume --out_dir={args.out_dir} --max_iters=N goes on")
 
 
-def start(args, config, val, meta, device):
-    """The run at its beginning, or where its checkpoint says. Raises UserError."""
-    path = source_of(vars(args))
-    vocab_size = meta["vocab_size"]
-    if path:
-        content = read_checkpoint(path)
+def start(args, config, content, val, meta, device):
+    """The run at its beginning, with trained weights if there are; or where its checkpoint says.
+    Raises UserError."""
+    if content:
         check_tokenizer(content["meta"], meta)
-        vocab_size = content["config"].vocab_size
+    else:
+        config.vocab_size = meta["vocab_size"]
     torch.manual_seed(args.seed)
-    model = BlockGen(replace(config, vocab_size=vocab_size)).to(device)
-    if path and not args.resume:
-        load_weights(model, trained_weights(content), path)
+    model = BlockGen(config).to(device)
+    if content and not args.resume:
+        load_weights(model, trained_weights(content), args.init_from)
     average = copy.deepcopy(model).eval()
     run = Run(model, average, make_optimizers(model, args), measured_on(args, val))
     if args.resume:
-        restore(run, args, content, path)
+        restore(run, args, content)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters on {device}")
+    if "unigram_nats" in meta:
+        print(f"unigram entropy {meta['unigram_nats']:.3f} nats")
     return run
 
 
-def restore(run, args, content, path):
-    """Go on from a checkpoint. Raises UserError if it is not of this run."""
+def restore(run, args, content):
+    """Go on where a checkpoint is. Raises UserError if it is not of this run."""
+    path = args.init_from
     ours = run.model.config, args.optimizer
     if ours != (content["config"], content["args"]["optimizer"]):
-        problem = f"{path} has another model or optimizer, which no flag changes"
-        raise UserError(f"{problem}: --init_from starts anew from its weights")
+        problem = "has another model or optimizer, which no flag changes"
+        raise UserError(f"{path} {problem}: --init_from starts anew from its weights")
     load_weights(run.model, content["model"], path)
     load_weights(run.average, content["average"], path)
     for optimizer, saved in zip(run.optimizers, content["optimizers"]):
@@ -457,13 +393,12 @@ def restore(run, args, content, path):
 
 
 def measured_on(args, val):
-    """What the loss in validation depends on, beside the weights."""
-    sizes = zip(args.block_sizes, shares(args))
-    return [args.dataset, len(val), args.eval_seqs, *sizes]
+    """What the loss in validation depends on, beside the weights: the data by the sum of ids."""
+    return [int(val.x0.sum()), *shares(args).items()]
 
 
 def save(run, args, meta, must):
-    """Write the checkpoint; was it possible? If not, the run goes on, for the next time may work;
+    """Write the checkpoint. If it cannot be written, the run goes on, for the next time may work;
     but if this one must, the OSError is raised."""
     content = vars(run) | dict(
         config=asdict(run.model.config),
@@ -475,20 +410,18 @@ def save(run, args, meta, must):
     )
     try:
         save_checkpoint(f"{args.out_dir}/ckpt.pt", **content)
-        return True
     except OSError as error:
         if must:
             raise
         tqdm.write(f"step {run.step} is not saved, the run goes on: {error}", file=sys.stderr)
-        return False
 
 
 def validate(run, val, meta, args, log):
     """Evaluate at each block size, and print it. If the weights are the best so far, keep them, and
     return True."""
     mean = 0.0
-    for S, share in zip(args.block_sizes, shares(args)):
-        losses, _ = evaluate(run.average, val, meta, S, args.eval_seqs)
+    for S, share in shares(args).items():
+        losses = evaluate(run.average, val, S)
         tqdm.write(f"step {run.step}, S={S}: {describe(losses, meta)}")
         nats = losses.mean().item()
         write(log, step=run.step, block_size=S, val=nats)
@@ -504,10 +437,8 @@ def add_up(model, sums):
     for p in model.parameters():
         if p.grad is None:  # a process without a part of the batch
             p.grad = torch.zeros_like(p)
-    tensors = [*(p.grad for p in model.parameters()), sums]
-    vector = parameters_to_vector(tensors)
-    dist.all_reduce(vector)
-    vector_to_parameters(vector, tensors)
+        dist.all_reduce(p.grad)
+    dist.all_reduce(sums)
 
 
 def open_log(args, step):
@@ -545,24 +476,25 @@ def write(log, **line):
 def progress_bar(args, step):
     """Ten times a second on a terminal; once a minute where it goes to a file."""
     pace = 0.1 if sys.stderr.isatty() else 60  # seconds
-    progress = dict(total=args.max_iters, initial=step, smoothing=0)
-    return tqdm(**progress, disable=RANK > 0, mininterval=pace, maxinterval=100 * pace)
+    options = dict(mininterval=pace, maxinterval=60, smoothing=0, disable=RANK > 0)
+    return tqdm(total=args.max_iters, initial=step, **options)
+
+
+STOPS = signal.SIGINT, signal.SIGTERM
 
 
 def listen():
-    """A list that gets longer at the first Ctrl-C or SIGTERM. The second ends the process."""
+    """A list that gets longer at the first of these signals. The second ends the process."""
     heard = []
 
     def hear(number, frame):
         heard.append(number)
-        react(signal.SIG_DFL)
+        for known in STOPS:
+            signal.signal(known, signal.SIG_DFL)
         os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
-    def react(how):
-        signal.signal(signal.SIGINT, how)
-        signal.signal(signal.SIGTERM, how)
-
-    react(hear)
+    for known in STOPS:
+        signal.signal(known, hear)
     return heard
 
 
@@ -584,14 +516,15 @@ def find_autocast(args, device):
 
 
 def load_data(args, length):
-    """(rows for training, for validation, meta). Rows (n, L) are views: of a text there is one at
-    every position. A dataset that needs no help is made first. Raises UserError."""
+    """(rows to train on, Rows for validation, meta). The former (n, L) are a view: of a text there
+    is one at every position; the latter are eval_seqs of those, spread evenly. A dataset that needs
+    no help is made first. Raises UserError."""
     folder = f"{args.data_dir}/{args.dataset}"
     can_be_made = args.dataset in ("pydocs", "alldocs", "math")
     if RANK == 0 and can_be_made and not os.path.exists(folder):
         print(f"preparing {folder} ...")
         prepare(args.dataset, args.data_dir, seq_len=length)
-    if dist.is_initialized():
+    if N_PROCESSES > 1:
         dist.barrier()  # the others wait for it
     train, val, meta = open_data(folder)
     stride = meta.get("row_length", 1)
@@ -599,8 +532,10 @@ def load_data(args, length):
         raise UserError(f"the problems of {folder} need --seq_len={stride}")
     if min(len(train), len(val)) < length:
         raise UserError(f"{folder} is too small for --seq_len={length}")
-    windows = np.lib.stride_tricks.sliding_window_view
-    return windows(train, length)[::stride], windows(val, length)[::stride], meta
+    train, val = (sliding_window_view(part, length)[::stride] for part in (train, val))
+    n = min(args.eval_seqs, len(val))
+    chosen = torch.arange(n) * (len(val) - 1) // max(1, n - 1)  # integers are exact
+    return train, read_rows(val, chosen, meta), meta
 
 
 # ----------------------------------------------------------------------------------------------
@@ -610,32 +545,22 @@ def load_data(args, length):
 OFFSET, SHIFT, INTERVAL, NOISE, ROWS, DROPOUT = range(6)
 
 
-class Mixture(NamedTuple):
-    """The block sizes that rows of a batch may have, and how often; and the share of block size 1
-    in the loss of every row."""
-
-    sizes: torch.Tensor  # (B,)
-    weights: torch.Tensor  # (B,), which sum to 1
-    ar_weight: float
-
-
 def shares(args):
-    """The weights of the block sizes, in the loss and in the mixture that mixture_bounds takes
-    the model for; they sum to 1."""
+    """{block size: its weight}, in the loss and in the mixture that mixture_bounds takes the model
+    for; they sum to 1."""
     weights = args.block_weights or [1.0] * len(args.block_sizes)
-    return [weight / sum(weights) for weight in weights]
+    return {S: weight / sum(weights) for S, weight in zip(args.block_sizes, weights)}
 
 
 def make_mixture(args, ar):
-    """In the paper block size 1 takes rows of its own. Under ar="shift" every row has it beside
-    another block size: of block sizes 1 and 16 alike, all rows have 16, and ar_weight is 1/2."""
-    sizes = torch.tensor(args.block_sizes)
-    weights = torch.tensor(shares(args), dtype=torch.float64)
-    if ar == "paper" or sizes.max() == 1:
-        return Mixture(sizes, weights, 0.0)
-    others = sizes > 1
-    ar_weight = weights[~others].sum().item()
-    return Mixture(sizes[others], weights[others] / (1 - ar_weight), ar_weight)
+    """({block size: share of the rows that have it}, share of block size 1 in every row's loss). In
+    the paper block size 1 takes rows of its own. Under ar="shift" every row has it beside another
+    block size: of block sizes 1 and 16 alike, all rows have 16, and the second share is 1/2."""
+    mixture = shares(args)
+    if ar == "paper" or max(mixture) == 1:
+        return mixture, 0.0
+    ar_weight = mixture.pop(1, 0.0)
+    return {S: weight / (1 - ar_weight) for S, weight in mixture.items()}, ar_weight
 
 
 def draw_batch(data, meta, mixture, args, step, rows):
@@ -644,18 +569,19 @@ def draw_batch(data, meta, mixture, args, step, rows):
 
     # which rows of the data (n, L)
     chosen = random_numbers((*key, ROWS), rows, 1)[:, 0] * len(data)
-    x0, given = read_rows(data, chosen.long(), meta)
+    x0, given, _ = read_rows(data, chosen.long(), meta)
 
     # Block sizes, stratified: they share out [0, 1) by their weights, and row i of the batch takes
     # what stands at (i + offset) / batch_size.
+    sizes, weights = torch.tensor([*mixture.items()], dtype=torch.float64).T
     offset = random_numbers((*key, OFFSET), [0], 1)[0]
     quantile = (rows + offset) / args.batch_size
-    begin = mixture.weights.cumsum(0) - mixture.weights
+    begin = weights.cumsum(0) - weights
     which = torch.searchsorted(begin, quantile, right=True) - 1
-    block_size = mixture.sizes[which]
+    block_size = sizes[which].long()
 
     # Noise levels, stratified over the rows of one size: where is the row in the share of its size?
-    stratum = (quantile - begin[which]) / mixture.weights[which]  # [0, 1)
+    stratum = (quantile - begin[which]) / weights[which]  # [0, 1)
     t, u = draw_noise(key, rows, stratum, block_size, x0.shape[1], args.t_min)
     return Batch(x0, block_size, t.float(), u, given)
 
@@ -680,18 +606,26 @@ def draw_noise(key, rows, stratum, block_size, length, t_min):
     return t_min + (1 - t_min) * level, u
 
 
-def seed_dropout(key, part):
-    """Dropout draws from torch's own generator: a function of the key and the part of the batch."""
-    u = random_numbers((*key, DROPOUT), [part], 1)
+def seed_dropout(seed, step, part):
+    """Dropout draws from torch's own generator: let it depend on the step and the part of the
+    batch."""
+    u = random_numbers((seed, step, DROPOUT), [part], 1)
     torch.manual_seed(int(2**53 * u))
 
 
+class Rows(NamedTuple):
+    x0: torch.Tensor  # (N, L) tokens, int64
+    given: torch.Tensor  # (N, L) those that are not to be predicted: a problem's question
+    counts: torch.Tensor  # (N, L) those that count in figures: its answer and one end, or all
+
+
 def read_rows(data, chosen, meta):
-    """The chosen rows, (N, L) int64, and which of their tokens are given: a problem's question."""
-    x0 = torch.from_numpy(data[chosen.numpy()].astype(np.int64))
+    x0 = torch.from_numpy(data[chosen.numpy()].astype("int64"))
     if "row_length" in meta:
-        return x0, is_question(x0, meta["tokenizer"]["end"])
-    return x0, torch.zeros_like(x0, dtype=torch.bool)
+        end = meta["tokenizer"]["end"]
+        return Rows(x0, is_question(x0, end), is_answer(x0, end))
+    given = torch.zeros_like(x0, dtype=torch.bool)
+    return Rows(x0, given, ~given)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -699,27 +633,23 @@ def read_rows(data, chosen, meta):
 
 
 @torch.no_grad()
-def evaluate(model, data, meta, block_size, n_seqs, draws=1, batch_size=16, seed=0):
-    """NELBO of n_seqs rows, spread evenly over the data (n, L), as the mean of some draws of the
-    noise. Returns nats per token that counts, and how many those are, both float64 (n_seqs,). Of a
-    text all tokens count; of a problem the answer and one end token, but not the padding.
+def evaluate(model, val, block_size, draws=1):
+    """NELBO of some Rows, the mean of so many draws of the noise: nats per token that counts,
+    float64 (N,).
 
-    The noise is a function of (seed, draw, sequence), so neither batch size nor machine moves the
-    figures. t starts at 1e-6: what lies below adds less than is printed."""
-    n_seqs = min(n_seqs, len(data))
-    chosen = torch.arange(n_seqs) * (len(data) - 1) // max(1, n_seqs - 1)  # integers are exact
-    nats, lengths = torch.zeros(2, n_seqs, dtype=torch.float64)
-    for rows in torch.arange(n_seqs).split(batch_size):
-        x0, given = read_rows(data, chosen[rows], meta)
-        counts = is_answer(x0, meta["tokenizer"]["end"]) if "row_length" in meta else ~given
-        lengths[rows] = counts.sum(1).double()
-        sizes = torch.full((len(rows),), block_size)
+    The noise is a function of the draw and the row, so that no machine moves the figures. t starts
+    at 1e-6: what lies below adds less than is printed."""
+    N, L = val.x0.shape
+    nats = torch.zeros(N, dtype=torch.float64)
+    for rows in torch.arange(N).split(16):
+        x0, given, counts = (part[rows] for part in val)
+        sizes = torch.full_like(rows, block_size)
         for draw in range(draws):
-            noise = draw_noise((seed, draw), rows, rows / n_seqs, sizes, x0.shape[1], t_min=1e-6)
-            batch = Batch(x0, sizes, *noise, given).to(model.device)
+            t, u = draw_noise((0, draw), rows, rows / N, sizes, L, t_min=1e-6)
+            batch = Batch(x0, sizes, t, u, given).to(model.device)
             losses = model(batch).cpu() * counts
-            nats[rows] += losses.sum(1) / lengths[rows] / draws
-    return nats, lengths
+            nats[rows] += losses.sum(1) / counts.sum(1) / draws
+    return nats
 
 
 def describe(nats, meta):
@@ -741,10 +671,8 @@ def mixture_bounds(total, weights):
     r = w it is Jensen's bound, the first. The best r, w_S exp(-NELBO_S(x)) over its sum, gives
     -log sum_S w_S exp(-NELBO_S(x)). But the noise of an estimate would choose an r in its own
     favor, and the figure sink below the truth: so the second takes r from the mean NELBO_S of the
-    other sequences.
-
-    Both are of each sequence. (The authors take the log-sum-exp of totals of a whole batch, so that
-    their figure depends on its size.)"""
+    other sequences. (The authors take the log-sum-exp of totals of a whole batch, so that their
+    figure depends on its size.)"""
     w, n = torch.tensor(weights, dtype=torch.float64)[:, None], total.shape[1]
     others = (total.sum(1, keepdim=True) - total) / max(1, n - 1)
     r = torch.softmax(w.log() - others, 0)
@@ -752,22 +680,17 @@ def mixture_bounds(total, weights):
     return jensen, (r * total + torch.special.xlogy(r, r / w)).sum(0)
 
 
-@torch.no_grad()
-def eval_only(args):
-    """Print the likelihood of a checkpoint on validation data, by block size and under the mixture.
-    Raises UserError."""
-    model, content = load_checkpoint(source_of(vars(args)), find_device(args.device))
+def print_likelihood(model, val, meta, args):
+    """By block size, and under the mixture."""
     L = model.config.seq_len
-    _, data, meta = load_data(args, L)
-    check_tokenizer(content["meta"], meta)
     losses = {}
     for S in sorted({min(L, S) for S in (*args.block_sizes, *args.eval_block_sizes)}):
-        losses[S], lengths = evaluate(model, data, meta, S, args.eval_seqs, args.eval_draws)
+        losses[S] = evaluate(model, val, S, args.eval_draws)
+    lengths = val.counts.sum(1)
     total = torch.stack([losses[min(L, S)] for S in args.block_sizes]) * lengths
-    jensen, log_sum_exp = mixture_bounds(total, shares(args))
+    jensen, log_sum_exp = mixture_bounds(total, [*shares(args).values()])
     losses["mixture: Jensen"] = jensen / lengths
     losses["mixture: log-sum-exp"] = log_sum_exp / lengths
-    print(f"{model.config.noise} noise, best of {content['step']} steps, {len(lengths)} sequences")
     for S, nats in losses.items():
         print(f"{S:>20}: {describe(nats, meta)}, perplexity {nats.mean().exp():.2f}")
 
@@ -775,11 +698,19 @@ def eval_only(args):
 def main():
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    args, config = read_flags()
+    args, config, content = read_flags()
+    device = device_of_process(args.device)
+    if N_PROCESSES > 1:
+        dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[device.type])
+    data, val, meta = load_data(args, config.seq_len)
+    run = start(args, config, content, val, meta, device)
+    del content  # or it would fill memory
     if args.eval_only:
-        eval_only(args)
+        print_likelihood(run.average, val, meta, args)
     else:
-        train(args, config)
+        train(run, data, val, meta, args)
+    if N_PROCESSES > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
