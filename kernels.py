@@ -10,7 +10,7 @@ every block size and every mode.
 On a GPU, products of float32 numbers use TF32, as do those of the other layers under
 torch.set_float32_matmul_precision("high").
 
-    python kernels.py           # benchmark against SDPA and flex_attention
+    python kernels.py           # benchmark against SDPA
 
 N rows, H heads of size D, Q queries, T keys. R is 1 if all rows share one view, otherwise N. A tile
 is a run of neighboring queries or keys; there are QT tiles of queries and KT tiles of keys.
@@ -482,7 +482,7 @@ def block_attention(q, k, v, view):
 
 
 def benchmark(device, dtype):
-    """Forward and backward of a training step's attention, against PyTorch's own."""
+    """Forward and backward of a training step's attention, against PyTorch's with a dense mask."""
     from torch.utils.benchmark import Timer
 
     for L in (1024, 256, 32):
@@ -494,8 +494,6 @@ def benchmark(device, dtype):
             "block_attention": partial(block_attention, view=view),
             "SDPA, dense mask": partial(F.scaled_dot_product_attention, attn_mask=mask),
         }
-        if device == "cuda":
-            rivals["flex_attention"] = flex_attention(mask)
         step = "torch.autograd.grad(attend(*qkv).sum(), qkv)"
         for name, attend in rivals.items():
             timer = Timer(step, globals=locals(), num_threads=torch.get_num_threads())
@@ -503,22 +501,11 @@ def benchmark(device, dtype):
             print(f"L {L:4}, S 16: {name:16} {1e3 * seconds:9.2f} ms")
 
 
-def flex_attention(seen):
-    """PyTorch's flex_attention under the same rule, a dense mask (Q, T), compiled."""
-    from torch.nn.attention import flex_attention as flex
-
-    def rule(row, head, query, key):
-        return seen[query, key]
-
-    mask = flex.create_block_mask(rule, None, None, *seen.shape, device=seen.device)
-    return partial(torch.compile(flex.flex_attention), block_mask=mask)
-
-
 if __name__ == "__main__":
     argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an unknown flag is answered in one line
-        description="Time the attention of a training step, forward and backward, against SDPA and "
-        "flex_attention: on a GPU in bfloat16 if there is one, otherwise on the CPU in float32.",
+        description="Time the attention of a training step, forward and backward, against SDPA: on "
+        "a GPU in bfloat16 if there is one, otherwise on the CPU in float32.",
     ).parse_args()
     if torch.cuda.is_available():
         benchmark("cuda", torch.bfloat16)

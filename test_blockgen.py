@@ -1341,7 +1341,7 @@ def test_problems_of_another_dataset(puzzles, monkeypatch, capsys):
     def always_says_two(model, n, length, *, given, stop, **options):
         answer = torch.tensor([0, 0, 0, 0, 2, 3] + [stop] * length)  # "####", " ", "2"
         free = given < 0
-        return torch.where(free, answer[free.cumsum(1) - 1], given), dict(nfe=7)
+        return torch.where(free, answer[free.cumsum(1) - 1], given), dict(nfe=7, seconds=1.0)
 
     monkeypatch.setattr(sample, "generate", always_says_two)
     monkeypatch.setattr(sample, "GRID", [dict(sampler="ar")])
