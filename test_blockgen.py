@@ -1495,6 +1495,14 @@ def test_learning_rate():
     assert train.learning_rate(args, 500) == 2
 
 
+def test_average_of_the_weights_is_short_at_first():
+    average, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for step, decay in ((0, 1 / 6), (10_000, 0.9)):
+        expected = decay * average.weight + (1 - decay) * model.weight
+        train.update_average(average, model, 0.9, step)
+        assert close(average.weight, expected, 1e-6)
+
+
 def test_muon_is_torchs_in_float32(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's, exact
     shapes = (12, 4), (4, 12), (12, 4), (6, 6)
@@ -1832,6 +1840,8 @@ def test_mixture_bounds_are_bounds():
     jensen, other = train.mixture_bounds(exact, [0.3, 0.7])
     assert close(jensen, 0.3 * exact[0] + 0.7 * exact[1], 1e-9)
     assert (other >= truth - 1e-9).all()
+    alike = exact[:, :1].repeat(1, 2)  # where the other sequence says what the best r is
+    assert close(train.mixture_bounds(alike, [0.3, 0.7])[1], truth[:1], 1e-9)
     noisy = exact.repeat(1, 3000)
     noisy += 5 * torch.randn_like(noisy)
     assert log_sum_exp(noisy).mean() < truth.mean() - 0.5
@@ -1855,7 +1865,7 @@ def likelihood_table(capsys, *flags):
     return {name: float(nats) for name, nats in rows}
 
 
-def test_likelihood_tables(finished, capsys, monkeypatch):
+def test_likelihood_tables(finished, capsys):
     """A checkpoint knows where its data are. Another mixture than its own may be asked for; no
     block is longer than the sequence."""
     flags = "--eval_block_sizes=2", "--block_sizes=1,99", "--block_weights=3,1"
@@ -1884,7 +1894,7 @@ def test_mixture_bounds_count_the_tokens_that_are_scored(toy, finished, capsys, 
 TRAIN_REFUSES = [
     ("--block_sizes=0,5", "block_sizes"),
     ("--block_sizes=5,5", "different"),
-    ("--block_weights=0.5,-0.5", "block_weights"),
+    ("--block_weights=1,0", "block_weights"),
     ("--block_weights=1", "block_weights"),
     ("--learning_rate=nan", "learning_rate"),
     ("--ema=1", "ema"),
