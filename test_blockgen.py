@@ -23,9 +23,8 @@ from types import SimpleNamespace
 from typing import Literal
 from unittest.mock import Mock
 
-os.environ["TRITON_INTERPRET"] = (
-    "1"  # before Triton is imported: its kernels run on CPU tensors
-)
+# before Triton is imported: its kernels run on CPU tensors
+os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
@@ -40,22 +39,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from blockgen import Batch, BlockGen, Config, NOISES, SCHEDULES, UserError
 from blockgen import draw, random_numbers, read_checkpoint
-from prepare_data import (
-    END,
-    is_answer,
-    is_question,
-    is_right,
-    load_tokenizer,
-    make_tokenizer,
-)
-from prepare_data import (
-    math_problems,
-    open_data,
-    open_problems,
-    parse_flags,
-    prepare,
-    solve,
-)
+from prepare_data import END, is_answer, is_question, is_right, load_tokenizer
+from prepare_data import make_tokenizer, math_problems, open_data, open_problems
+from prepare_data import parse_flags, prepare, solve
 from sample import CRITERIA, FILL, generate
 
 torch.set_num_threads(1)  # faster for models of this size
