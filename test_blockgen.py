@@ -206,9 +206,8 @@ def exact_predictions(noise, p, alpha):
 def corruptions(noise, alpha):
     """Everything that can happen to n tokens: uniform numbers that bring it about, (C, n), and its
     probability (C,)."""
-    law = torch.cat(
-        [alpha[None], (1 - alpha) * pure_noise_law(noise)]
-    )  # survival, then each noise
+    # survival, then each noise
+    law = torch.cat([alpha[None], (1 - alpha) * pure_noise_law(noise)])
     law = law[law > 0]
     middle = law.cumsum(0) - law / 2
     outcomes = every_sequence(len(law))
@@ -388,9 +387,9 @@ def test_cached_passes_equal_the_training_pass(noise, token_causal, ar):
     model = tiny(noise, token_causal=token_causal, ar=ar)
     x0, xt = random_text(model, 2)
     cache = model.new_cache(2)
-    steps = (
-        ((0, 7), (14, 1), (15, 1), (16, 4), (20, 1)) if token_causal else ((0, 7), (14, 7))
-    )
+    steps = [(0, 7), (14, 7)]
+    if token_causal:
+        steps = [(0, 7), (14, 1), (15, 1), (16, 4), (20, 1)]
     for begin, S in steps:
         block = slice(begin, begin + S)
         logits = model.denoise(
@@ -429,9 +428,8 @@ def test_nothing_leaks_from_the_future(token_causal, ar, S):
     changed = torch.eye(21, dtype=torch.bool)  # in row i token i is another one
     clean = torch.where(changed, (x0 + 1) % 11, x0)
     noisy = torch.where(changed, (xt + 1) % 11, xt)
-    by_clean = (predict(model, clean, xt, S) != base).any(
-        -1
-    )  # (i, j): token i moves logits of j
+    # (i, j): token i moves logits of j
+    by_clean = (predict(model, clean, xt, S) != base).any(-1)
     by_noisy = (predict(model, x0, noisy, S) != base).any(-1)
     block = torch.arange(21) // S
     assert torch.equal(by_clean, block[:, None] < block)
@@ -1075,9 +1073,8 @@ class Direct:
     def write(self):
         begin = window = 0
         L = self.model.config.seq_len
-        self.size = (
-            1 if self.options.sampler in ("ar", "speculative") else self.options.block_size
-        )
+        one_by_one = self.options.sampler in ("ar", "speculative")
+        self.size = 1 if one_by_one else self.options.block_size
         while begin < len(self.tokens):
             if begin == window + L:
                 window = begin - L // 2
@@ -1205,9 +1202,8 @@ def test_samplers_equal_direct_implementations(variant, noise, token_causal, ar)
             samples(model, 3, **options)
         return
     tokens, stats = generate(model, 3, 45, given=GIVEN, **options)
-    noise_matters = (
-        ar == "paper" and noise != "masked"
-    )  # the two draw other noise for the AR side
+    # the two draw other noise for the AR side
+    noise_matters = ar == "paper" and noise != "masked"
     if not (options["sampler"] == "speculative" and noise_matters):
         for i in range(3):
             assert (
@@ -1404,9 +1400,8 @@ def test_texts_prompts_and_templates(tmp_path, capsys):
     assert text.startswith("__") and len(text) <= 6
     out = run("--prompt=ab", "--sampler=arpc", "--watch")
     assert "\nab" in out
-    assert (
-        re.search(r"\| ab.*[-]._?", out) and "\033" not in out
-    )  # colors are for a terminal
+    assert re.search(r"\| ab.*[-]._?", out)
+    assert "\033" not in out  # colors are for a terminal
 
 
 SAMPLE_REFUSES = [
@@ -1498,9 +1493,8 @@ def test_batches_are_stratified_and_made_of_rows(toy):
         levels = batch.t[batch.block_size == 5]
         assert (levels[:, 5:10] == levels[:, 5:6]).all()  # constant in a block
         gaps = levels[:, ::5].flatten().sort().values.diff()
-        assert close(
-            gaps, torch.tensor((1 - args.t_min) / 20), 1e-6
-        )  # one in each interval
+        one_in_each_interval = torch.tensor((1 - args.t_min) / 20)
+        assert close(gaps, one_in_each_interval, 1e-6)
 
 
 def test_each_noise_level_is_uniform():
@@ -2082,9 +2076,8 @@ def test_tokenizer_json(tmp_path):
     decode = load_tokenizer(meta["tokenizer"])[1]
     assert decode([8, end, end + 1]) == f"8 {END}"  # the last is a mask
     path.write_text(json.dumps({"question": "5", "answer": "eight"}))
-    with pytest.raises(
-        UserError, match="'0' of the answer 'eight'"
-    ):  # it can never be right
+    with pytest.raises(UserError, match="'0' of the answer 'eight'"):
+        # it can never be right
         prepare("problems", tmp_path, **files)
 
 
